@@ -26,8 +26,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import silu
 
 #: Tokens of one chunk. 64 balances the quadratic part against the state part at head_dim 128.
 CHUNK = 64
@@ -111,6 +111,16 @@ def chunk_scan(
         result = torch.bmm(scores, v_c).baddbmm_(q_c * q_decay, state)
         state.mul_(table.powers[:, length : length + 1]).baddbmm_((k_c * k_decay).transpose(1, 2), v_c)
         out[start:stop] = result.transpose(0, 1)
+
+
+def accumulate_state(k: Tensor, v: Tensor, state: Tensor, table: DecayTable, *, reverse: bool = False) -> None:
+    """The state update of :func:`chunk_scan` alone: ``k``, ``v`` [T, H, D] are added to ``state`` [H, D, D] fp32."""
+    starts = range(0, k.shape[0], CHUNK)
+    for start in reversed(starts) if reverse else starts:
+        k_c, v_c = (x[start : start + CHUNK].float().transpose(0, 1) for x in (k, v))
+        length = k_c.shape[1]
+        decay = table.powers[:, 1 : length + 1] if reverse else table.powers[:, :length].flip(1)
+        state.mul_(table.powers[:, length : length + 1]).baddbmm_((k_c * decay).transpose(1, 2), v_c)
 
 
 def prefill_loop(
@@ -211,7 +221,7 @@ def verify_loop(
 
 def split_packed(qkv: Tensor, activation: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``[..., H, 3D]`` (each head laid out as q, k, v) after the activation, which rounds to the input dtype."""
-    activated = F.silu(qkv) if activation == "silu" else qkv
+    activated = silu(qkv) if activation == "silu" else qkv
     q, k, v = activated.chunk(3, dim=-1)
     return q, k, v
 
