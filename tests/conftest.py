@@ -43,6 +43,11 @@ def checkpoint_dir(shared_dir: Path) -> Path:
     return _required(shared_dir / "checkpoint")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
