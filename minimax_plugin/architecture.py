@@ -191,7 +191,9 @@ class Architecture:
         codes = get("attn_type_list", None)
         layer_types = get("layer_types", None)
         if codes is None and layer_types is None:
-            raise ValueError("config has neither 'attn_type_list' nor 'layer_types'; one of them gives the layer pattern")
+            raise ValueError(
+                "config has neither 'attn_type_list' nor 'layer_types'; one of them gives the layer pattern"
+            )
         num_heads = required("num_attention_heads")
         hidden_size = required("hidden_size")
         head_dim = get("head_dim", None)

@@ -261,8 +261,10 @@ def _compare(
                 )
             if found.dtype != spec.dtype:
                 faults.append(Fault(weight_map[name], f"tensor {name}", f"dtype {found.dtype}", spec.dtype))
-    for name in weight_map.keys() - expected.keys():
-        faults.append(Fault(weight_map[name], f"tensor {name}", "an unknown tensor", "only tensors of the architecture"))
+    for name in sorted(weight_map.keys() - expected.keys()):
+        faults.append(
+            Fault(weight_map[name], f"tensor {name}", "an unknown tensor", "only tensors of the architecture")
+        )
 
 
 def _read_header(path: Path, faults: list[Fault]) -> dict[str, TensorSpec]:

