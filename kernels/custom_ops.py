@@ -10,7 +10,9 @@ checked on CPU only: on a GPU reading them would synchronise every layer.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +23,25 @@ from minimax_plugin.kernels.dispatch import lightning_backend
 #: Name space of the custom operators.
 NAMESPACE = "minimax_plugin"
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_autocast(body: Callable[P, R]) -> Callable[P, R]:
+    """Run an operator's body with autocast off: it would round the fp32 operands of every ``bmm`` to 16 bits."""
+
+    @functools.wraps(body)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = args[0] if args else next(iter(kwargs.values()))
+        assert isinstance(first, Tensor)
+        with torch.autocast(first.device.type, enabled=False):
+            return body(*args, **kwargs)
+
+    return wrapped
+
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_forward", mutates_args=())
+@outside_autocast
 def lightning_forward(
     q: Tensor,
     k: Tensor,
@@ -53,6 +72,7 @@ def _(q, k, v, slopes, initial_state, cu_seqlens, segments, segment_offsets, max
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_backward", mutates_args=())
+@outside_autocast
 def lightning_backward(
     grad_o: Tensor,
     grad_state: Tensor | None,
@@ -119,6 +139,7 @@ lightning_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_segment_state", mutates_args=())
+@outside_autocast
 def lightning_segment_state(
     k: Tensor,
     v: Tensor,
@@ -150,6 +171,7 @@ def _(k, v, slopes, cu_seqlens, segments, segment_offsets, max_segments, reverse
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_prefill", mutates_args=("state_pool", "out", "sumsq"))
+@outside_autocast
 def lightning_prefill(
     qkv: Tensor,
     slopes: Tensor,
@@ -170,7 +192,8 @@ def lightning_prefill(
     slots: list[int] = []
     if qkv.device.type == "cpu":
         slots = slot_ids.tolist()
-        _check_values(slopes, state_pool, null_slot, slot_ids=slots)
+        checkpoints = [] if checkpoint_slots is None else checkpoint_slots.tolist()
+        _check_values(slopes, state_pool, null_slot, slot_ids=slots, checkpoint_slots=checkpoints)
     if lightning_backend(qkv.device) == "triton":
         lightning.prefill(
             qkv,
@@ -203,6 +226,7 @@ def lightning_prefill(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_decode", mutates_args=("state_pool", "out", "sumsq"))
+@outside_autocast
 def lightning_decode(
     qkv: Tensor,
     slopes: Tensor,
@@ -223,6 +247,7 @@ def lightning_decode(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_verify", mutates_args=("state_pool", "out", "sumsq"))
+@outside_autocast
 def lightning_verify(
     qkv: Tensor,
     slopes: Tensor,
@@ -312,8 +337,8 @@ def _check_verify_values(
         raise ValueError(f"cu_seqlens is {bounds}, expected to rise from 0 to at most {num_tokens}")
     if max(lengths, default=0) > write_slots.shape[1]:
         raise ValueError(
-            f"cu_seqlens has a sequence of {max(lengths)} tokens, expected at most {write_slots.shape[1]}, one per column "
-            "of write_slots"
+            f"cu_seqlens has a sequence of {max(lengths)} tokens, expected at most {write_slots.shape[1]}, one per "
+            "column of write_slots"
         )
     used = [slot for row, length in zip(write_slots.tolist(), lengths, strict=True) for slot in row[:length]]
     _check_values(slopes, state_pool, null_slot, write_slots=used)

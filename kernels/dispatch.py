@@ -41,8 +41,8 @@ def lightning_backend(device: torch.device) -> str:
             )
         if not on_gpu and not lightning.interpreted():
             raise RuntimeError(
-                f"{BACKEND_VARIABLE}=triton, but the tensors are on {device}, expected a CUDA or ROCm device; unset the "
-                "variable, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow, for tests)"
+                f"{BACKEND_VARIABLE}=triton, but the tensors are on {device}, expected a CUDA or ROCm device; unset "
+                "the variable, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow, for tests)"
             )
         return "triton"
     if not on_gpu:
@@ -56,5 +56,6 @@ def lightning_backend(device: torch.device) -> str:
 @functools.cache
 def _warn_without_triton() -> None:
     logger.warning(
-        "Triton is not installed: lightning attention runs on the GPU in plain PyTorch, many times slower; install triton"
+        "Triton is not installed: lightning attention runs on the GPU in plain PyTorch, many times slower; "
+        "install triton"
     )

@@ -241,9 +241,7 @@ def lightning_verify(
     )
 
 
-def segment_state(
-    k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool = False, precision: str = "default"
-) -> Tensor:
+def segment_state(k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool = False, precision: str = "default") -> Tensor:
     """State that a stretch of tokens leaves when it starts from zeros; not differentiable.
 
     With ``lam = exp(-slope)`` and L tokens counted from 0: ``sum_j lam^(L-1-j) k_j v_j^T``, or with ``reverse``
