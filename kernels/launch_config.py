@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel module tells the compile gate: every form of its kernels that it launches, without launching any.
+
+Each kernel module has ``launch_configs(architecture) -> list[LaunchConfig]``, built from the same table that its host
+functions launch from, so that ``scripts/compile_gate.py`` compiles what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+#: Names of the architectures the fixed launch tables are made for.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """One compiled form of a kernel.
+
+    Attributes:
+        name: shown in the gate's table, unique within an architecture, for instance ``"decode bf16 sumsq"``.
+        kernel: the function decorated with ``triton.jit``.
+        arguments: the run-time arguments by name: a torch dtype for a pointer, an integer typical of the launch (Triton
+            specialises on 1 and on multiples of 16), None for an absent pointer.
+        constants: the ``tl.constexpr`` arguments by name.
+        num_warps, num_stages: as launched.
+        matrix_units: the kernel multiplies tiles of at least 64 rows in bf16; the gate asks for wgmma on sm_90.
+    """
+
+    name: str
+    kernel: Any
+    arguments: Mapping[str, torch.dtype | int | None]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+    matrix_units: bool = False
