@@ -45,6 +45,10 @@ EOS_TOKEN_ID = 200_020
 PAD_TOKEN_ID = 200_000
 UNK_TOKEN_ID = 200_021
 
+#: From this id on the rows of the released embedding and LM head belong to no token: the tokenizer has about 200,030
+#: entries. llama.cpp masks the same ids; sampling one of them shows as a missing word.
+VOCAB_PADDING_START = 200_032
+
 #: ``attn_type_list`` value -> layer type.
 LAYER_TYPE_BY_CODE: dict[int, LayerType] = {0: "linear_attention", 1: "full_attention"}
 
