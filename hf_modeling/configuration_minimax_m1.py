@@ -51,6 +51,34 @@ class MiniMaxM1Config(PreTrainedConfig):
     #: RoPE base of the released configuration class, used where config.json states none.
     default_theta = 1_000_000.0
 
+    # Every matrix is split over the ranks. Lightning projections are gathered again, because the norm of a lightning
+    # layer spans all heads; each rank then runs the whole recurrence.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.self_attn.qkv_proj": "colwise_gather_output",
+        "layers.*.self_attn.output_gate": "colwise_gather_output",
+        "layers.*.self_attn.out_proj": "rowwise_split_input",
+        "layers.*.block_sparse_moe.experts.gate_up_proj": "packed_colwise",
+        "layers.*.block_sparse_moe.experts.down_proj": "rowwise",
+        "layers.*.block_sparse_moe.experts": "moe_tp_experts",
+        "layers.*.shared_mlp.gate_proj": "colwise",
+        "layers.*.shared_mlp.up_proj": "colwise",
+        "layers.*.shared_mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.block_sparse_moe.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.block_sparse_moe.experts.down_proj": "grouped_gemm",
+        "layers.*.block_sparse_moe.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
     vocab_size: int = 200_064
     hidden_size: int = 6144
     intermediate_size: int = 9216
@@ -236,9 +264,16 @@ class MiniMaxText01Config(MiniMaxM1Config):
 
 @strict
 class MiniMaxM1ResavedConfig(MiniMaxM1Config):
-    """The same under ``MiniMaxM1``, the model type that the released configuration class writes when it saves."""
+    """Reads ``MiniMaxM1``, the model type that the released configuration class writes when it saves.
+
+    Loading gives a :class:`MiniMaxM1Config`, so that what is saved from here carries the released model type again.
+    """
 
     model_type = "MiniMaxM1"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MiniMaxM1Config:  # type: ignore[override]
+        return MiniMaxM1Config.from_dict(config_dict | {"model_type": MiniMaxM1Config.model_type}, **kwargs)
 
 
 #: Every configuration class that is registered.

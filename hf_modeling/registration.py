@@ -22,11 +22,24 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from minimax_plugin.hf_modeling import modeling_minimax_m1 as modeling
     from minimax_plugin.hf_modeling.configuration_minimax_m1 import CONFIG_CLASSES
+    from minimax_plugin.hf_modeling.weight_mapping import register_weight_mapping
 
     for config_class in CONFIG_CLASSES:
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    for auto_class, model_classes in {
+        AutoModel: (modeling.MiniMaxM1Model, modeling.MiniMaxText01Model),
+        AutoModelForCausalLM: (modeling.MiniMaxM1ForCausalLM, modeling.MiniMaxText01ForCausalLM),
+        AutoModelForSequenceClassification: (
+            modeling.MiniMaxM1ForSequenceClassification,
+            modeling.MiniMaxText01ForSequenceClassification,
+        ),
+    }.items():
+        for model_class in model_classes:
+            auto_class.register(model_class.config_class, model_class, exist_ok=True)
+            register_weight_mapping(model_class.config_class.model_type)
     _registered = True
     logger.debug("registered %s with transformers", ", ".join(c.model_type for c in CONFIG_CLASSES))

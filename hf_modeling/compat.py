@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything private or moving of transformers that the model relies on, each with the versions it was checked on.
+
+The names below are the same in 5.16.1, 5.19 and 5.23, but are not part of the documented interface.
+"""
+
+from __future__ import annotations
+
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations import use_experts_implementation
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+__all__ = [
+    "Concatenate",
+    "MergeModulelist",
+    "OutputRecorder",
+    "WeightConverter",
+    "capture_outputs",
+    "merge_with_config_defaults",
+    "register_checkpoint_conversion_mapping",
+    "use_experts_implementation",
+]

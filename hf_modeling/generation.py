@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``generate`` has to know about the family: its cache, its end of sequence, the unused rows of its LM head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from minimax_plugin.architecture import EOS_TOKEN_ID, PAD_TOKEN_ID, RELEASED_VOCAB_SIZE, VOCAB_PADDING_START
+from minimax_plugin.hf_modeling.cache import adopt_cache
+
+
+class MiniMaxM1GenerationMixin:
+    """Goes before ``GenerationMixin`` in the bases of a model."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # transformers answers no for every class with "minimax" in its name, because of its own MiniMax class, and then
+        # ignores static caches and refuses assisted generation.
+        return True
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        result = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, Cache):
+            # Before the first forward pass: a model without a softmax layer is asked for its length sooner.
+            adopt_cache(cache, self.config.layer_types)  # type: ignore[attr-defined]
+        return result
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Fill in what the released checkpoint leaves out, without touching anything a checkpoint states.
+
+        The released config.json has no end of sequence and the repository has no generation_config.json, so that
+        ``generate`` would not stop before its token limit. Sampling is not switched on.
+        """
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
+        generation_config = self.generation_config  # type: ignore[attr-defined]
+        if generation_config is None or self.config.vocab_size != RELEASED_VOCAB_SIZE:  # type: ignore[attr-defined]
+            return
+        if generation_config.eos_token_id is None:
+            generation_config.eos_token_id = EOS_TOKEN_ID
+        if generation_config.pad_token_id is None:
+            generation_config.pad_token_id = PAD_TOKEN_ID
+        if generation_config.suppress_tokens is None:
+            generation_config.suppress_tokens = list(range(VOCAB_PADDING_START, RELEASED_VOCAB_SIZE))
