@@ -142,14 +142,16 @@ def test_tensor_parallel_ranks_hold_contiguous_slices(tp_size: int) -> None:
 
 @given(
     st.builds(
-        lambda pattern, kv, group, **sizes: SMALL
-        | sizes
-        | {
-            "attn_type_list": pattern,
-            "num_hidden_layers": len(pattern),
-            "num_key_value_heads": kv,
-            "num_attention_heads": kv * group,
-        },
+        lambda pattern, kv, group, **sizes: (
+            SMALL
+            | sizes
+            | {
+                "attn_type_list": pattern,
+                "num_hidden_layers": len(pattern),
+                "num_key_value_heads": kv,
+                "num_attention_heads": kv * group,
+            }
+        ),
         st.lists(st.integers(0, 1), min_size=1, max_size=6),
         st.integers(1, 3),
         st.integers(1, 3),
@@ -232,7 +234,10 @@ def test_impossible_config_is_refused(change: dict[str, Any], message: str) -> N
         (lambda: lightning_slopes(6, 0, 0), "num_layers is 0, expected a positive integer"),
         (lambda: lightning_slopes(6, 0, 3, tp_rank=2, tp_size=2), "tp_rank is 2, expected"),
         (lambda: head_slopes(-4), "num_heads is -4, expected a positive integer"),
-        (lambda: Architecture.from_config(SMALL).check_tensor_parallel(4), "not divisible by the tensor parallel size 4"),
+        (
+            lambda: Architecture.from_config(SMALL).check_tensor_parallel(4),
+            "not divisible by the tensor parallel size 4",
+        ),
         (lambda: Architecture.from_config(SMALL).check_tensor_parallel(3), "neither divides nor is divided by"),
         (lambda: layer_types_from_codes([0, -1]), r"attn_type_list\[1\] is -1"),
     ],

@@ -8,6 +8,7 @@ Read from the source text, so imports inside functions count and no library has 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,7 @@ def component(module: str) -> str:
     return module.removeprefix(PACKAGE).lstrip(".").split(".")[0]
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """Module -> modules of the package that it imports."""
     return {module: {name for name in imports_of(module) if name.split(".")[0] == PACKAGE} for module in FILES}
