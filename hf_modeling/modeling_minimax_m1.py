@@ -107,6 +107,12 @@ class MiniMaxM1PreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         "attentions": OutputRecorder(MiniMaxM1Attention, index=1),
     }
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers decides by searching the source file of the model class for the decorator, which is in layers.py,
+        # and would quietly run one expert after the other.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
