@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lightning attention token by token in Triton: decode, and the verification of drafted tokens.
 
-Shapes: ``T`` packed tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences, ``Q`` most tokens of one sequence, ``S`` state
-slots.
+Shapes: ``T`` packed tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences, ``Q`` most tokens of one sequence,
+``S`` state slots.
 
 A program holds one [D, BV] tile of the state of one head of one sequence, so the state is read once and written once.
 The launches read nothing on the host, allocate nothing and do not synchronise: they can be captured in a CUDA graph and
@@ -319,7 +319,9 @@ def _verify(
     tile = head * (D * D) + dims[:, None] * D + columns[None, :]
     inside = (dims < D)[:, None] & (columns < D)[None, :]
     source = tl.load(read_ptr + sequence * read_stride).to(tl.int64)
-    state = tl.load(state_ptr + source * state_slot + tile, mask=inside & (source + dims * 0 > null_slot)[:, None], other=0.0)
+    state = tl.load(
+        state_ptr + source * state_slot + tile, mask=inside & (source + dims * 0 > null_slot)[:, None], other=0.0
+    )
     decrement = decay_minus_one(tl.load(slopes_ptr + head))
     for index in range(length):
         token = start + index

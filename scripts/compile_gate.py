@@ -38,7 +38,7 @@ import torch
 
 from minimax_plugin.kernels.launch_config import ARCHITECTURES, LaunchConfig
 
-MODULES = tuple(f"minimax_plugin.kernels.{name}" for name in ("recurrent",))
+MODULES = tuple(f"minimax_plugin.kernels.{name}" for name in ("recurrent", "replay"))
 
 BUDGET = Path(__file__).with_name("compile_budget.json")
 
@@ -123,7 +123,8 @@ def check(config: LaunchConfig, architecture: str, budget: Budget) -> Report:
     try:
         compiled = compile_config(config, architecture)
     except Exception as error:  # Triton and its assemblers raise many types; each one means that the form fails.
-        reason = f"does not compile: {type(error).__name__}: {error}".splitlines()[0]
+        # Triton puts the reason last, below the source line.
+        reason = f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         return Report(architecture, config.name, seconds=time.perf_counter() - start, faults=(reason,))
     seconds = time.perf_counter() - start
     registers, spills = _resources(compiled, architecture)
