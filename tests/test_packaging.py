@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Guards of the package's arrangement: three linked folders, one import package, Hugging Face ``kernels`` unshadowed."""
+"""Guards of the arrangement: three linked folders, one import package, Hugging Face ``kernels`` unshadowed."""
 
 from __future__ import annotations
 

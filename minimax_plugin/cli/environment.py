@@ -147,10 +147,14 @@ def check_hugging_face() -> list[Finding]:
     """Do the auto classes of transformers resolve the model types of the original checkpoints to this package?"""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
+    from minimax_plugin.cli.tiny import TinyOptions, tiny_config
+
+    content = tiny_config(TinyOptions())
     findings = []
     for model_type in ORIGINAL_MODEL_TYPES:
         try:
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+            config = CONFIG_MAPPING[model_type].from_dict(content | {"model_type": model_type})
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         except KeyError:
             message = f"model_type {model_type!r} resolves to nothing, expected a class of minimax_plugin"
             findings.append(Finding("fault", "transformers", message))

@@ -15,7 +15,6 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from minimax_plugin.architecture import ORIGINAL_ARCHITECTURES, Architecture, TensorSpec
 from minimax_plugin.checkpoint import CONFIG_FILE, INDEX_FILE
 from minimax_plugin.cli import tiny_tokenizer
+from minimax_plugin.templates import chat_template
 
 _ARCHITECTURES = {"m1": "MiniMaxM1ForCausalLM", "text01": "MiniMaxText01ForCausalLM"}
 _LOGIT_STD = 3.0
@@ -131,12 +131,10 @@ def write_tiny_checkpoint(
     architecture = Architecture.from_config(config)
     if options.shard_size <= 0:
         raise ValueError(f"shard_size is {options.shard_size}, expected a positive number of bytes")
-    if not 0 <= options.seed < 1 << 31:
-        raise ValueError(f"seed is {options.seed}, expected 0 <= seed < 2**31")
     tokenizer = tiny_tokenizer.build_tokenizer(options.vocab_size)
+    template = chat_template()
     _prepare_directory(directory, force=force)
     _write_json(directory / CONFIG_FILE, config)
-    template = resources.files("minimax_plugin.templates").joinpath("minimax_m1.jinja").read_text(encoding="utf-8")
     tiny_tokenizer.write_tokenizer(directory, tokenizer, chat_template=template)
     special_ids = {
         "bos_token_id": tokenizer.token_to_id(tiny_tokenizer.BOS_TOKEN),
@@ -255,7 +253,8 @@ def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
 
     Drawn as integers: unlike ``torch.randn``, they are the same on every CPU.
     """
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
+    # The CPU generator reads no more than the lower 32 bits of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     steps = 1 << 20
     uniform = torch.randint(-steps, steps + 1, spec.shape, generator=generator).double() / steps
     if "norm" in name:
