@@ -123,6 +123,18 @@ def require_complete(directory: str | Path) -> CheckpointReport:
     return report
 
 
+def check_files(directory: str | Path) -> list[Fault]:
+    """Check the files of a checkpoint directory against each other, not against any architecture.
+
+    Every shard that the index names is there and whole, and holds the tensors that the index places in it.
+    """
+    faults: list[Fault] = []
+    weight_map, _ = _read_index(Path(directory), faults)
+    if weight_map is not None:
+        _read_shards(Path(directory), weight_map, faults)
+    return faults
+
+
 def read_safetensors_header(path: str | Path) -> dict[str, TensorSpec]:
     """Names, shapes and safetensors dtypes of one file, in file order. Reads the header only.
 
