@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration: cheap, repeatable, and complete in every process of vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from minimax_plugin.registration import register  # noqa: E402
+from minimax_plugin.vllm_model import compat  # noqa: E402
+from minimax_plugin.vllm_model.registration import MODEL_CLASSES  # noqa: E402
+
+_CHEAP = """
+import sys, time
+import torch, transformers, vllm
+from vllm import ModelRegistry
+from vllm.config import CompilationConfig
+from minimax_plugin.registration import register
+start = time.perf_counter()
+register()
+register()
+seconds = time.perf_counter() - start
+model_code = [name for name in sys.modules if name.startswith("minimax_plugin.vllm_model.model")]
+assert not model_code, model_code
+assert not torch.cuda.is_initialized()
+assert CompilationConfig._attention_ops.count("minimax_plugin::lightning_layer") == 1
+print(seconds)
+"""
+
+
+def test_registration_is_cheap_and_imports_no_model_code() -> None:
+    result = subprocess.run([sys.executable, "-c", _CHEAP], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    # vLLM calls it in each of its processes. The limit of one second holds on an idle machine; it is tripled here.
+    assert float(result.stdout.split()[-1]) < 3.0
+
+
+def test_architectures_are_registered_lazily_by_package() -> None:
+    from vllm import ModelRegistry
+
+    register()
+    assert set(MODEL_CLASSES) <= set(ModelRegistry.get_supported_archs())
+    for path in MODEL_CLASSES.values():
+        # A module path would let vLLM keep what it cached about a class whose base class has changed.
+        assert path.partition(":")[0] == "minimax_plugin.vllm_model"
+
+
+def test_capabilities_that_vllm_reads_from_the_class() -> None:
+    from vllm.model_executor.models.registry import _ModelInfo
+
+    from minimax_plugin.vllm_model import MiniMaxM1ForCausalLM
+
+    info = _ModelInfo.from_model_cls(MiniMaxM1ForCausalLM)
+    assert info.is_hybrid and info.has_inner_state and info.supports_pp
+    assert info.is_text_generation_model
+    # It would unlock a cache mode of 0.31 in which states are kept at every block border.
+    assert not info.supports_mamba_prefix_caching
+
+
+def test_compiled_graphs_split_around_the_state() -> None:
+    from vllm.config import CompilationConfig
+
+    register()
+    config = CompilationConfig(mode=3)
+    config.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
+    assert compat.LIGHTNING_OP in (config.splitting_ops or [])
+    assert config.splitting_ops_contain_attention()
+
+
+@pytest.mark.parametrize(
+    ("version", "outcome"), [("0.30.1", "refused"), ("0.31.0", "quiet"), ("9.0.0", "warned"), ("dev", "warned")]
+)
+def test_version_check(
+    version: str, outcome: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vllm.__version__", version)
+    if outcome == "refused":
+        with pytest.raises(ImportError, match=r"needs vLLM 0\.31 or later, found 0\.30"):
+            compat.warn_if_untested()
+        return
+    compat.warn_if_untested()
+    assert bool(caplog.records) == (outcome == "warned")
+
+
+def test_every_moving_name_is_where_this_release_has_it() -> None:
+    for name in compat.__all__:
+        assert getattr(compat, name) is not None
+
+
+def test_nothing_of_vllm_is_imported_by_name_elsewhere_that_compat_provides() -> None:
+    folder = Path(compat.__file__).parent
+    for path in folder.glob("*.py"):
+        if path.name == "compat.py":
+            continue
+        source = path.read_text()
+        for module in set(compat._CLASSES.values()) | {"vllm.forward_context", "vllm.utils.torch_utils"}:
+            assert f"from {module} import" not in source, f"{path.name} imports {module}; use compat"

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM engine in a process of its own, driven over a pipe.
+
+Engines do not clean up after themselves well enough to follow one another inside one pytest process, and starting one
+takes most of the time of a test. So each configuration gets one process that several tests share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+#: Engine arguments of every test: exact arithmetic, nothing that needs a tokenizer.
+COMMON_ARGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 1024,
+    "max_num_seqs": 8,
+    "skip_tokenizer_init": True,
+    "disable_log_stats": False,
+}
+
+#: One process and one thread: with more, the in-process engine is many times slower on a busy machine.
+COMMON_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+#: Environment that makes vLLM take Triton for usable, and with it Model Runner V2, the default on a GPU.
+INTERPRETED_TRITON_ENV = {"TRITON_INTERPRET": "1"}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the engine generated for one prompt: token ids, their log probabilities, prompt tokens found in the cache."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    cached: int
+
+
+class EngineProcess:
+    """Start an engine, send it prompts, ask it about itself; a context manager.
+
+    Args:
+        model: checkpoint folder.
+        cache_root: folder for vLLM's caches.
+        env: environment variables on top of :data:`COMMON_ENV`.
+        args: engine arguments on top of :data:`COMMON_ARGS`.
+    """
+
+    def __init__(self, model: Path, cache_root: Path, *, env: dict[str, str] | None = None, **args: Any) -> None:
+        requests_read, self._requests = os.pipe()
+        self._replies, replies_write = os.pipe()
+        self._log = (cache_root / f"engine-{model.name}.log").open("w+b")
+        environment = os.environ | COMMON_ENV | {"VLLM_CACHE_ROOT": str(cache_root)} | (env or {})
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, str(requests_read), str(replies_write)],
+            pass_fds=(requests_read, replies_write),
+            env=environment,
+            cwd=cache_root,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+        )
+        os.close(requests_read)
+        os.close(replies_write)
+        self._reader = os.fdopen(self._replies, "r")
+        self._call("start", COMMON_ARGS | {"model": str(model)} | args)
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._requests)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.close()
+        self._log.close()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, lora: str | None = None
+    ) -> list[Completion]:
+        """Greedy continuations of all prompts in one batch."""
+        request = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "lora": lora}
+        return [Completion(**item) for item in self._call("generate", request)]
+
+    def facts(self) -> dict[str, Any]:
+        """Preemptions so far, class of the model runner, compilation mode, cache mode, block size."""
+        return self._call("facts", {})
+
+    def _call(self, command: str, argument: dict[str, Any]) -> Any:
+        try:
+            os.write(self._requests, (json.dumps([command, argument]) + "\n").encode())
+        except BrokenPipeError:
+            pass  # the reply below is empty and says why
+        reply = self._reader.readline()
+        if not reply:
+            self._log.seek(0)
+            lines = self._log.read().decode(errors="replace").splitlines()
+            raise RuntimeError("the engine process died:\n" + "\n".join(lines[-60:]))
+        return json.loads(reply)
+
+
+def pretend_triton_backend() -> None:
+    """List a CPU backend for Triton, whose absence is why vLLM leaves Triton off without a GPU.
+
+    With ``TRITON_INTERPRET=1`` no backend is ever used: kernels run in Triton's interpreter.
+    """
+    from triton.backends import backends
+
+    class Driver:
+        @staticmethod
+        def is_active() -> bool:
+            return True
+
+    backends["cpu"] = SimpleNamespace(driver=Driver)  # type: ignore[assignment]
+
+
+def _serve(requests_fd: int, replies_fd: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pretend_triton_backend()
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    llm: Any = None
+    with os.fdopen(requests_fd) as requests, os.fdopen(replies_fd, "w") as replies:
+        for line in requests:
+            command, argument = json.loads(line)
+            result: Any = None
+            if command == "start":
+                llm = LLM(**argument)
+            elif command == "generate":
+                sampling = SamplingParams(
+                    temperature=0, max_tokens=argument["max_tokens"], ignore_eos=True, detokenize=False, logprobs=1
+                )
+                outputs = llm.generate(
+                    [{"prompt_token_ids": prompt} for prompt in argument["prompts"]],
+                    sampling,
+                    use_tqdm=False,
+                    lora_request=LoRARequest("adapter", 1, argument["lora"]) if argument["lora"] else None,
+                )
+                result = [_completion(output) for output in outputs]
+            elif command == "facts":
+                result = _facts(llm)
+            replies.write(json.dumps(result) + "\n")
+            replies.flush()
+
+
+def _completion(output: Any) -> dict[str, Any]:
+    generated = output.outputs[0]
+    logprobs = [step[token].logprob for token, step in zip(generated.token_ids, generated.logprobs, strict=True)]
+    return {"tokens": list(generated.token_ids), "logprobs": logprobs, "cached": output.num_cached_tokens or 0}
+
+
+def _facts(llm: Any) -> dict[str, Any]:
+    config = llm.llm_engine.vllm_config
+    runners = llm.collective_rpc(_runner_module)
+    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    return {
+        "preemptions": preemptions[0],
+        "runner": runners[0],
+        "compilation_mode": int(config.compilation_config.mode),
+        "cache_mode": config.cache_config.mamba_cache_mode,
+        "block_size": config.cache_config.block_size,
+    }
+
+
+def _runner_module(worker: Any) -> str:
+    return type(worker.model_runner).__module__
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]))
