@@ -87,9 +87,11 @@ def generate(model_dir: Path) -> tuple[list[Answer], Answer]:
     """Continue every prompt and answer the chat with transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     import minimax_plugin  # noqa: F401 - registers the model with transformers
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     print(f"{type(model).__module__}.{type(model).__name__}, {model.num_parameters():,} parameters")
