@@ -1,14 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading that refuses an incomplete checkpoint instead of filling the gaps with random weights."""
+"""Loading that refuses a damaged or incomplete checkpoint instead of filling the gaps with random weights.
+
+transformers warns about tensors that are absent and goes on, casts integers to weights, and does not say which shard
+is truncated.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from minimax_plugin.architecture import Architecture, TensorSpec
+from minimax_plugin.checkpoint import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    CheckpointError,
+    Fault,
+    check_files,
+    read_safetensors_header,
+)
+
+#: Dtypes that hold plain weights. Anything else needs a quantisation config that says how to read it.
+PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
+
+_EXPERT_PART = ".block_sparse_moe.experts."
 
 
 class StrictLoadingMixin:
     """Goes before ``PreTrainedModel`` in the bases of a model."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, see ``PreTrainedModel.from_pretrained``.
+
+        Raises:
+            CheckpointError: a shard is absent or truncated, the index names a tensor that is not there, a tensor is
+                absent or has another shape or dtype than the architecture says. One line per fault.
+            ValueError: the heads cannot be split over the tensor parallel size.
+        """
+        path = pretrained_model_name_or_path
+        if isinstance(path, (str, os.PathLike)) and not kwargs.get("gguf_file") and not kwargs.get("variant"):
+            folder = Path(path, kwargs.get("subfolder") or "")
+            if (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file():
+                _raise_if(check_files(folder), folder)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
+    ) -> Any:
+        architecture = Architecture.from_config(model.config)
+        tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+        if tp_size:
+            architecture.check_tensor_parallel(tp_size)
+        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if files and state_dict is None and not load_config.is_quantized:
+            needs_head = hasattr(model, "lm_head")
+            faults = list(_tensor_faults(files, architecture, needs_head, load_config.ignore_mismatched_sizes))
+            _raise_if(faults, files[0].parent)
+        parent = super(StrictLoadingMixin, model)
+        return parent._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)  # type: ignore[misc]
+
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        return super(StrictLoadingMixin, model)._finalize_model_loading(model, load_config, loading_info)
+        parent = super(StrictLoadingMixin, model)
+        loading_info = parent._finalize_model_loading(model, load_config, loading_info)  # type: ignore[misc]
+        # A head that is trained anew (classification) is legitimately absent; the decoder and its LM head are not.
+        absent = sorted(key for key in loading_info.missing_keys if key.startswith((_prefix(model), "lm_head.")))
+        if absent and not load_config.is_quantized:
+            source = Path(str(load_config.pretrained_model_name_or_path or "the given state_dict"))
+            _raise_if([Fault("checkpoint", f"parameter {key}", "nothing to load", "its weights") for key in absent], source)
+        return loading_info
+
+
+def _tensor_faults(
+    files: Iterable[Path], architecture: Architecture, needs_head: bool, ignore_mismatched_sizes: bool
+) -> Iterable[Fault]:
+    """Compare the tensors of a checkpoint in the original format with the architecture; headers only."""
+    stored: dict[str, tuple[str, TensorSpec]] = {}
+    for file in files:
+        stored |= {name: (file.name, spec) for name, spec in read_safetensors_header(file).items()}
+    expected = architecture.tensors()
+    for name, (file_name, spec) in stored.items():
+        if name not in expected:
+            continue
+        if spec.dtype not in PLAIN_DTYPES:
+            dtypes = f"one of {', '.join(PLAIN_DTYPES)} (or a quantization_config in config.json)"
+            yield Fault(file_name, f"tensor {name}", f"dtype {spec.dtype}", dtypes)
+        if spec.shape != expected[name].shape and not ignore_mismatched_sizes:
+            yield Fault(file_name, f"tensor {name}", f"shape {list(spec.shape)}", str(list(expected[name].shape)))
+    if not any(name.startswith("model.layers.") for name in stored):
+        return  # Saved from the bare decoder under other names; what is absent is found after loading.
+    source = INDEX_FILE if len({file for file, _ in stored.values()}) > 1 else next(iter(stored.values()))[0]
+    fused = any(name.endswith("experts.gate_up_proj") for name in stored)
+    for name in expected:
+        optional = (fused and _EXPERT_PART in name) or (name == "lm_head.weight" and not needs_head)
+        if name not in stored and not optional:
+            yield Fault(source, f"tensor {name}", "no such tensor", str(list(expected[name].shape)))
+
+
+def _prefix(model: Any) -> str:
+    prefix = model.base_model_prefix
+    return f"{prefix}." if hasattr(model, prefix) else ""
+
+
+def _raise_if(faults: list[Fault], source: Path) -> None:
+    if faults:
+        raise CheckpointError(source, faults)

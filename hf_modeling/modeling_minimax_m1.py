@@ -260,6 +260,11 @@ class MiniMaxM1ForCausalLM(MiniMaxM1GenerationMixin, MiniMaxM1PreTrainedModel, G
         self.lm_head = MiniMaxM1LMHead(config)
         self.post_init()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        # Resizing hands over a plain nn.Linear; taking only its weight keeps the logits in fp32.
+        self.lm_head.weight = new_embeddings.weight
+        self.lm_head.out_features = new_embeddings.weight.shape[0]
+
     @can_return_tuple
     def forward(
         self,

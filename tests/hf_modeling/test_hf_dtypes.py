@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays fp32 in a model of lower precision: slopes, states, routers, rotations, logits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hf_helpers import load_fp32, make_pair, random_ids, relative_error
+from oracle import OracleCache, random_tensors, slopes, tiny_config, write_checkpoint
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from minimax_plugin.hf_modeling.batch import LightningBatch
+from minimax_plugin.hf_modeling.cache import LightningCacheLayer
+from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
+from minimax_plugin.hf_modeling.modeling_minimax_m1 import MiniMaxM1ForCausalLM
+
+
+def loaded(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
+def converted(path: Path) -> PreTrainedModel:
+    return load_fp32(path).to(torch.bfloat16)
+
+
+def halved(path: Path) -> PreTrainedModel:
+    return load_fp32(path).half()
+
+
+@pytest.mark.parametrize("make", [loaded, converted, halved])
+def test_what_stays_fp32(tmp_path: Path, make: Callable[[Path], PreTrainedModel]) -> None:
+    tensors = random_tensors(tiny_config())
+    model = make(write_checkpoint(tmp_path, tiny_config(), tensors)).eval()
+    assert model.dtype in (torch.bfloat16, torch.float16)
+    with torch.no_grad():
+        output = model(random_ids(1, 9), output_router_logits=True)
+    assert output.logits.dtype == torch.float32
+    for layer_idx, layer in enumerate(model.model.layers):
+        router = layer.block_sparse_moe.gate.weight
+        assert router.dtype == torch.float32
+        assert torch.equal(router, tensors[f"model.layers.{layer_idx}.block_sparse_moe.gate.weight"])
+        assert output.router_logits[layer_idx].dtype == torch.float32
+        if model.config.layer_types[layer_idx] == "linear_attention":
+            assert output.past_key_values.layers[layer_idx].recurrent_states[0].dtype == torch.float32
+            assert torch.equal(layer.self_attn.slopes(model.device).double(), slopes(4, layer_idx, 4))
+            assert layer.self_attn.out_proj.weight.dtype == model.dtype
+    assert model.model.rotary_emb(output.logits, torch.arange(3)[None])[0].dtype == torch.float32
+
+
+def test_rotation_is_the_same_after_loading_from_meta(tmp_path: Path) -> None:
+    config = tiny_config(rotary_dim=8, rope_theta=1e4)
+    path = write_checkpoint(tmp_path, config)
+    expected = 1e4 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    for model in (load_fp32(path), MiniMaxM1ForCausalLM(MiniMaxM1Config(**config))):
+        assert torch.allclose(model.model.rotary_emb.inv_freq.double(), expected, rtol=1e-6)
+
+
+def test_autocast_keeps_router_and_state(tmp_path: Path) -> None:
+    model, oracle = make_pair(tmp_path)
+    ids, cache = random_ids(1, 30), OracleCache()
+    expected = oracle(ids[0].tolist(), cache)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(ids, output_router_logits=True)
+    assert output.router_logits[0].dtype == torch.float32
+    assert output.past_key_values.layers[0].recurrent_states[0].dtype == torch.float32
+    # Layer 0 sees rounded inputs; a router in bf16 would add an error of its own.
+    assert relative_error(output.router_logits[0], expected.router_logits[0]) <= 1e-2
+
+
+def test_model_dtype_for_logits_on_request(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, tiny_config(head_dtype="model"))
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(path)(random_ids(1, 3)).logits.dtype == torch.bfloat16
+
+
+def decode_error(layer_idx: int, num_steps: int) -> float:
+    """Largest relative error over the heads of a bf16 decode with the slopes of a layer of the released model."""
+    num_heads, head_dim, num_layers = 64, 32, 80
+    values = slopes(num_heads, layer_idx, num_layers).float()
+    qkv = torch.randn(1, num_steps, num_heads, 3 * head_dim).bfloat16()
+    cache = LightningCacheLayer()
+    for step in range(num_steps):
+        cache.attend(qkv[:, step : step + 1], values, LightningBatch.build(1, 1, None, qkv.device, cached=True))
+    activated = nn.functional.silu(qkv[0])
+    _, k, v = activated.chunk(3, dim=-1)
+    expected = final_state(k, v, values)
+    actual = cache.recurrent_states[0][0].double()
+    return ((actual - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max().item()
+
+
+def final_state(k: Tensor, v: Tensor, slopes_of_heads: Tensor) -> Tensor:
+    """``sum_t exp(-s (T - 1 - t)) k_t v_t^T`` in float64."""
+    age = torch.arange(k.shape[0] - 1, -1, -1, dtype=torch.float64)
+    weights = torch.exp(-age[:, None] * slopes_of_heads.double())
+    return torch.einsum("th,thk,thv->hkv", weights, k.double(), v.double())
+
+
+@pytest.mark.parametrize("layer_idx", [0, 40, 78])
+def test_state_error_of_a_long_bf16_decode(layer_idx: int) -> None:
+    assert decode_error(layer_idx, 300) <= 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_idx", [0, 40, 78])
+def test_state_error_of_4000_bf16_decode_steps(layer_idx: int) -> None:
+    assert decode_error(layer_idx, 4000) <= 3e-3
