@@ -183,7 +183,8 @@ def ask(url: str, model: str, completions: list[Answer], chat: Answer) -> list[s
     choice = response.choices[0]
     same = (response.prompt_token_ids, choice.token_ids) == (chat.prompt_ids, chat.token_ids)
     compare("chat", same, choice.message.content)
-    token_ids, text = [], ""
+    token_ids: list[int] = []
+    text = ""
     for chunk in client.completions.create(prompt=PROMPTS[0], stream=True, **options):
         token_ids += chunk.choices[0].token_ids or []
         text += chunk.choices[0].text

@@ -218,7 +218,7 @@ def test_tensor_of_another_architecture(model_dir: Path) -> None:
 
 
 def test_single_file_needs_no_index(intact: Path, model_dir: Path) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(model_dir.glob("model-*.safetensors")):
         tensors |= load_file(file)
         file.unlink()

@@ -15,11 +15,12 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint directory or repository id")
     parser.add_argument("question")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device-map", help='"auto" spreads a large model over all devices (needs accelerate)')
     parser.add_argument("--sample", action="store_true", help="temperature 1.0, top-p 0.95 instead of greedy")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=args.device_map)
     inputs = tokenizer.apply_chat_template(
         [{"role": "user", "content": args.question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -36,7 +36,7 @@ def test_tiny_checkpoint_gives_the_tokens_of_the_oracle(model_dir: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     prompt = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     output = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in model_dir.glob("*.safetensors"):
         tensors |= load_file(file)
     oracle = Oracle(json.loads((model_dir / "config.json").read_text()), tensors)
