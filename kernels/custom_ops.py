@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels import checks, lightning, reference
+from minimax_plugin.kernels import checks, lightning, recurrent, reference
 from minimax_plugin.kernels.dispatch import lightning_backend
 
 #: Name space of the custom operators.
@@ -239,7 +239,9 @@ def lightning_decode(
 ) -> None:
     if qkv.device.type == "cpu":
         _check_values(slopes, state_pool, null_slot, slot_ids=slot_ids.tolist())
-    lightning_backend(qkv.device)
+    if lightning_backend(qkv.device) == "triton":
+        recurrent.decode(qkv, slopes, state_pool, slot_ids, out, sumsq, activation=activation, null_slot=null_slot)
+        return
     reference.decode_loop(
         qkv, slopes, state_pool, slot_ids.tolist(), out, activation=activation or None, null_slot=null_slot
     )
@@ -262,7 +264,20 @@ def lightning_verify(
 ) -> None:
     if qkv.device.type == "cpu":
         _check_verify_values(slopes, state_pool, read_slots, write_slots, cu_seqlens, out.shape[0], null_slot)
-    lightning_backend(qkv.device)
+    if lightning_backend(qkv.device) == "triton":
+        recurrent.verify(
+            qkv,
+            slopes,
+            state_pool,
+            read_slots,
+            write_slots,
+            cu_seqlens,
+            out,
+            sumsq,
+            activation=activation,
+            null_slot=null_slot,
+        )
+        return
     bounds = cu_seqlens.tolist()
     reference.verify_loop(
         qkv,

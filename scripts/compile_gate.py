@@ -38,7 +38,7 @@ import torch
 
 from minimax_plugin.kernels.launch_config import ARCHITECTURES, LaunchConfig
 
-MODULES = tuple(f"minimax_plugin.kernels.{name}" for name in ("recurrent", "replay", "norm"))
+MODULES = tuple(f"minimax_plugin.kernels.{name}" for name in ("lightning", "recurrent", "replay", "norm"))
 
 BUDGET = Path(__file__).with_name("compile_budget.json")
 

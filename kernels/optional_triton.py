@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton where it is installed, and just enough of a stand-in to define (never to run) the kernels where it is not.
+
+Kernel modules import ``triton`` and ``tl`` from here, so that they can be imported on any machine.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=object)
+    HAS_TRITON = False
+
+#: Read once: Triton decides at the definition of a kernel whether to interpret it.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
