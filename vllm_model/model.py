@@ -41,7 +41,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from minimax_plugin.architecture import Architecture
+from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, Architecture
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
 from minimax_plugin.vllm_model.compat import MambaStateCopyFuncCalculator
 from minimax_plugin.vllm_model.experts import SharedExpert, SharedExpertCoefficient, SparseExperts
@@ -182,6 +182,8 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.architecture.vocab_size)
         self._choose_head_dtype()
+        released_vocabulary = self.architecture.vocab_size == RELEASED_VOCAB_SIZE
+        self._masks_vocab_padding = released_vocabulary and getattr(self.config, "mask_vocab_padding", True)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
         self._source = vllm_config.model_config.model
@@ -235,7 +237,15 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        return self.logits_processor(self.lm_head, hidden_states)
+        """Logits [T, vocabulary] on the first rank, None on the others.
+
+        Rows of the released vocabulary that belong to no token are never sampled: such a token shows as a missing word.
+        Who has trained them as tokens sets ``mask_vocab_padding`` to false in the config.
+        """
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        if logits is not None and self._masks_vocab_padding:
+            logits[..., VOCAB_PADDING_START:] = -torch.inf
+        return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint, or any part of one as a trainer sends it.

@@ -17,7 +17,7 @@ from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
 from minimax_plugin.architecture import Architecture
-from minimax_plugin.checkpoint import check_checkpoint
+from minimax_plugin.checkpoint import check_files
 
 #: Original names, names of converted (``-hf``) checkpoints, and the names that transformers holds in memory, which is
 #: what a trainer sends one by one. Patterns carry no trailing dot, so they also rewrite the module names in LoRA
@@ -125,5 +125,4 @@ class WeightLedger:
         """What the files themselves show, one line each; empty if the source is not a local directory."""
         if not Path(self._source).is_dir():
             return ""
-        faults = check_checkpoint(self._source).faults
-        return "".join(f"\n  {fault}" for fault in faults[:_SHOWN])
+        return "".join(f"\n  {fault}" for fault in check_files(self._source)[:_SHOWN])
