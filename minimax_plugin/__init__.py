@@ -5,8 +5,17 @@ Importing the package registers the Hugging Face classes. vLLM finds the plugin 
 imports vLLM.
 """
 
+import warnings
+
 from minimax_plugin.registration import register_hf
 
 __version__ = "0.1.0"
 
-register_hf()
+try:
+    register_hf()
+except Exception as error:  # `minimax-plugin doctor` is part of this package and has to be able to explain it
+    warnings.warn(
+        f"MiniMax-M1 is not registered with transformers ({type(error).__name__}: {error}); run `minimax-plugin doctor`",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -31,7 +31,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "templates"},
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
-    "cli": {"", "hf_modeling", "vllm_model", "kernels", "architecture", "checkpoint", "templates", "planner", "cispo"},
+    "cli": {
+        "",
+        "registration",
+        "hf_modeling",
+        "vllm_model",
+        "kernels",
+        "architecture",
+        "checkpoint",
+        "templates",
+        "planner",
+        "cispo",
+    },
     "planner": {"architecture", "checkpoint"},
     "cispo": {"hf_modeling", "vllm_model", "kernels", "architecture", "templates"},
 }

@@ -145,6 +145,10 @@ def check_torch_companions() -> list[Finding]:
 
 def check_hugging_face() -> list[Finding]:
     """Do the auto classes of transformers resolve the model types of the original checkpoints to this package?"""
+    from minimax_plugin.registration import register_hf
+
+    register_hf()  # what failed when the package was imported fails again, and is the answer
+
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     from minimax_plugin.cli.tiny import TinyOptions, tiny_config

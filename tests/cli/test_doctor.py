@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -227,6 +228,17 @@ def test_vllm_resolves_the_architectures(tmp_path: Path, monkeypatch: pytest.Mon
     resolved = [message for message in messages(findings, "ok") if " -> " in message]
     assert len(resolved) == 3
     assert all(" -> minimax_plugin.vllm_model" in message for message in resolved)
+
+
+def test_transformers_that_cannot_be_imported(tmp_path: Path) -> None:
+    """Importing the package warns and goes on, so that the doctor, which is part of it, can say why."""
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "minimax_plugin.cli", "doctor", "--skip-vllm"]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "MiniMax-M1 is not registered with transformers (RuntimeError: operator torchvision::nms" in done.stderr
+    assert "fault   hugging_face RuntimeError: operator torchvision::nms does not exist" in done.stdout
 
 
 def test_broken_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
