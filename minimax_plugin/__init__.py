@@ -15,7 +15,7 @@ try:
     register_hf()
 except Exception as error:  # `minimax-plugin doctor` is part of this package and has to be able to explain it
     warnings.warn(
-        f"MiniMax-M1 is not registered with transformers ({type(error).__name__}: {error}); see `minimax-plugin doctor`",
+        f"MiniMax-M1 is unknown to transformers ({type(error).__name__}: {error}); run `minimax-plugin doctor`",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -237,7 +237,7 @@ def test_transformers_that_cannot_be_imported(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minimax_plugin.cli", "doctor", "--skip-vllm"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "MiniMax-M1 is not registered with transformers (RuntimeError: operator torchvision::nms" in done.stderr
+    assert "MiniMax-M1 is unknown to transformers (RuntimeError: operator torchvision::nms" in done.stderr
     assert "fault   hugging_face RuntimeError: operator torchvision::nms does not exist" in done.stdout
 
 
