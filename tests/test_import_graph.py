@@ -153,9 +153,8 @@ def run_python(script: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_the_package_imports_neither_vllm_nor_triton() -> None:
-    script = "import sys, minimax_plugin; print(sorted({'vllm', 'triton'} & sys.modules.keys()))"
-    assert run_python(script) == "[]"
+def test_importing_the_package_does_not_import_vllm() -> None:
+    assert run_python("import sys, minimax_plugin; print('vllm' in sys.modules)") == "False"
 
 
 def test_kernels_import_without_triton() -> None:
