@@ -71,9 +71,7 @@ class LightningBatch:
         return cls(batch_size, length, mask, LightningPlan.build(bounds, device=device), index)
 
     @classmethod
-    def build_packed(
-        cls, batch_size: int, length: int, bounds: Sequence[int], device: torch.device
-    ) -> LightningBatch:
+    def build_packed(cls, batch_size: int, length: int, bounds: Sequence[int], device: torch.device) -> LightningBatch:
         """Several documents per row; ``bounds`` are the N + 1 document bounds in the flattened [B * T]."""
         return cls(batch_size, length, None, LightningPlan.build(bounds, device=device))
 
@@ -115,7 +113,7 @@ def find_document_bounds(
     """
     if cu_seq_lens is not None:
         if batch_size != 1:
-            raise ValueError(f"cu_seq_lens_q with a batch of {batch_size} rows, expected one row that packs all documents")
+            raise ValueError(f"cu_seq_lens_q with a batch of {batch_size} rows, expected one row that holds all")
         bounds = [int(bound) for bound in cu_seq_lens.tolist()]
         if bounds[0] != 0 or bounds[-1] != length:
             raise ValueError(f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, expected from 0 to {length} tokens")

@@ -78,7 +78,7 @@ class LightningCacheLayer(LinearAttentionLayer):
         if not self.record_past:
             raise RuntimeError("this cache does not record past tokens; call activate_past_recording() before crop()")
         if tokens_to_remove > 0:
-            raise RuntimeError(f"crop({tokens_to_remove}): a lightning layer takes the number of tokens as a negative one")
+            raise RuntimeError(f"crop({tokens_to_remove}): expected the number of tokens to remove as a negative one")
         keep = self.tail_length + tokens_to_remove
         if keep < 0:
             raise RuntimeError(
@@ -198,7 +198,7 @@ class CountingLightningCacheLayer(LightningCacheLayer, CacheLayerMixin):
         """Length and offset of a mask over everything seen."""
         return self._num_tokens + query_length, 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("a lightning layer caches a state, no keys and values")
 
 
@@ -213,7 +213,7 @@ def adopt_cache(cache: Cache, layer_types: list[str]) -> None:
         ValueError: the cache was built for another model.
     """
     all_linear = "full_attention" not in layer_types
-    make_lightning = CountingLightningCacheLayer if all_linear else LightningCacheLayer
+    make_lightning: type[LightningCacheLayer] = CountingLightningCacheLayer if all_linear else LightningCacheLayer
     if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         # DynamicCache() without a config would grow a softmax layer at every index.
         cache.layers = [make_lightning() if kind == "linear_attention" else DynamicLayer() for kind in layer_types]

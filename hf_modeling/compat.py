@@ -9,10 +9,16 @@ from __future__ import annotations
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 __all__ = [
+    "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
+    "TOKENIZER_MAPPING_NAMES",
     "Concatenate",
     "MergeModulelist",
     "OutputRecorder",

@@ -2,8 +2,8 @@
 """Configuration of MiniMax-M1 and MiniMax-Text-01 checkpoints in the original format.
 
 Field names are those of the released ``config.json``. What transformers and vLLM expect under other names is derived:
-``layer_types`` from ``attn_type_list``, ``rope_parameters`` from ``rope_theta`` and ``rotary_dim``, ``num_experts`` from
-``num_local_experts``. All sizes are checked by :class:`minimax_plugin.architecture.Architecture`.
+``layer_types`` from ``attn_type_list``, ``rope_parameters`` from ``rope_theta`` and ``rotary_dim``, ``num_experts``
+from ``num_local_experts``. All sizes are checked by :class:`minimax_plugin.architecture.Architecture`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class MiniMaxM1Config(PreTrainedConfig):
     """Configuration of a MiniMax-M1 model; the sizes default to those of the released model.
 
     Keys that a ``config.json`` may leave out take the values the released modeling code falls back to: residual factors
-    1, ``postnorm`` False, no shared expert, ``rotary_dim`` the whole head. Keys that state the size of the model must be
-    present in a file that is loaded (:meth:`from_dict`).
+    1, ``postnorm`` False, no shared expert, ``rotary_dim`` the whole head. Keys that state the size of the model must
+    be present in a file that is loaded (:meth:`from_dict`).
 
     Args:
         attn_type_list: one code per layer, 0 for lightning attention and 1 for softmax attention. None takes
@@ -79,13 +79,14 @@ class MiniMaxM1Config(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
+    # "| Any" marks fields that accept None and hold a value once the config is built.
     vocab_size: int = 200_064
     hidden_size: int = 6144
     intermediate_size: int = 9216
     num_hidden_layers: int = 80
     num_attention_heads: int = 64
-    num_key_value_heads: int | None = 8
-    head_dim: int | None = None
+    num_key_value_heads: int | Any = 8
+    head_dim: int | Any = None
     hidden_act: str = "silu"
     max_position_embeddings: int = 10_240_000
     initializer_range: float = 0.02
@@ -102,7 +103,7 @@ class MiniMaxM1Config(PreTrainedConfig):
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
-    attn_type_list: list[int] | None = None
+    attn_type_list: list[int] | Any = None
     layernorm_full_attention_alpha: float | int = 1.0
     layernorm_full_attention_beta: float | int = 1.0
     layernorm_linear_attention_alpha: float | int = 1.0
@@ -110,9 +111,9 @@ class MiniMaxM1Config(PreTrainedConfig):
     layernorm_mlp_alpha: float | int = 1.0
     layernorm_mlp_beta: float | int = 1.0
     postnorm: bool = False
-    rotary_dim: int | None = None
-    rope_parameters: dict[str, Any] | None = None
-    shared_intermediate_size: int | None = 0
+    rotary_dim: int | Any = None
+    rope_parameters: dict[str, Any] | Any = None
+    shared_intermediate_size: int | Any = 0
     shared_moe_mode: str = "sigmoid"
     head_dtype: str = "float32"
 
@@ -132,7 +133,7 @@ class MiniMaxM1Config(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MiniMaxM1Config:  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MiniMaxM1Config:
         """Build from the contents of a ``config.json``.
 
         Raises:
@@ -272,7 +273,7 @@ class MiniMaxM1ResavedConfig(MiniMaxM1Config):
     model_type = "MiniMaxM1"
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MiniMaxM1Config:  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> MiniMaxM1Config:
         return MiniMaxM1Config.from_dict(config_dict | {"model_type": MiniMaxM1Config.model_type}, **kwargs)
 
 

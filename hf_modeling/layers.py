@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules of a MiniMax-M1 layer: norms, rotary embedding, both kinds of attention, router, experts, LM head.
 
-Shapes: ``B`` batch, ``T`` tokens, ``H`` heads, ``D`` head_dim, ``R`` rotary_dim, ``E`` experts, ``K`` experts per token.
+Shapes: ``B`` batch, ``T`` tokens, ``P`` tokens without padding, ``H`` heads, ``D`` head_dim, ``R`` rotary_dim, ``E``
+experts, ``K`` experts per token.
 
 Roundings follow the released module: norms and rotations are computed in fp32 and rounded to the dtype of their input.
 Three things are fp32 whatever the dtype of the model: the decay slopes, the recurrent state and the router.
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
@@ -68,8 +69,8 @@ class MiniMaxM1RotaryEmbedding(nn.Module):
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
         self.rope_type = config.rope_parameters["rope_type"]
-        init = self.compute_default_rope_parameters if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = init(config)
+        rope_functions = {"default": self.compute_default_rope_parameters} | ROPE_INIT_FUNCTIONS
+        inv_freq, self.attention_scaling = rope_functions[self.rope_type](config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
 
@@ -155,7 +156,11 @@ class MiniMaxM1LightningAttention(nn.Module):
         self._slopes: dict[torch.device, Tensor] = {}
 
     def forward(
-        self, hidden_states: Tensor, lightning_batch: LightningBatch, past_key_values: Cache | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        lightning_batch: LightningBatch,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.view(*qkv.shape[:-1], -1, 3 * self.head_dim)

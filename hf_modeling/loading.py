@@ -60,18 +60,19 @@ class StrictLoadingMixin:
             needs_head = hasattr(model, "lm_head")
             faults = list(_tensor_faults(files, architecture, needs_head, load_config.ignore_mismatched_sizes))
             _raise_if(faults, files[0].parent)
-        parent = super(StrictLoadingMixin, model)
-        return parent._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)  # type: ignore[misc]
+        parent = _parent_of(model)
+        return parent._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     @staticmethod
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        parent = super(StrictLoadingMixin, model)
-        loading_info = parent._finalize_model_loading(model, load_config, loading_info)  # type: ignore[misc]
+        parent = _parent_of(model)
+        loading_info = parent._finalize_model_loading(model, load_config, loading_info)
         # A head that is trained anew (classification) is legitimately absent; the decoder and its LM head are not.
         absent = sorted(key for key in loading_info.missing_keys if key.startswith((_prefix(model), "lm_head.")))
         if absent and not load_config.is_quantized:
-            source = Path(str(load_config.pretrained_model_name_or_path or "the given state_dict"))
-            _raise_if([Fault("checkpoint", f"parameter {key}", "nothing to load", "its weights") for key in absent], source)
+            source = Path(str(load_config.pretrained_model_name_or_path or "given as a state_dict"))
+            faults = [Fault("weights", f"parameter {key}", "nothing to load", "its values") for key in absent]
+            _raise_if(faults, source)
         return loading_info
 
 
@@ -99,6 +100,11 @@ def _tensor_faults(
         optional = (fused and _EXPERT_PART in name) or (name == "lm_head.weight" and not needs_head)
         if name not in stored and not optional:
             yield Fault(source, f"tensor {name}", "no such tensor", str(list(expected[name].shape)))
+
+
+def _parent_of(model: Any) -> Any:
+    """The next class after the mixin, for static methods, which have no ``super()``."""
+    return super(StrictLoadingMixin, model)
 
 
 def _prefix(model: Any) -> str:

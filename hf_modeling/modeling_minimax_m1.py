@@ -225,7 +225,7 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         past_key_values: Cache | None,
         position_ids: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask of the softmax layers in the form their backend takes, and the mask [B, T] of the lightning layers."""
+        """The mask of the softmax layers as their backend takes it, and the mask [B, T] of the lightning layers."""
         if isinstance(attention_mask, dict):
             return attention_mask.get("full_attention"), attention_mask.get("linear_attention")
         if attention_mask is not None and attention_mask.dim() != 2:
@@ -260,7 +260,7 @@ class MiniMaxM1ForCausalLM(MiniMaxM1GenerationMixin, MiniMaxM1PreTrainedModel, G
         self.lm_head = MiniMaxM1LMHead(config)
         self.post_init()
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         # Resizing hands over a plain nn.Linear; taking only its weight keeps the logits in fp32.
         self.lm_head.weight = new_embeddings.weight
         self.lm_head.out_features = new_embeddings.weight.shape[0]

@@ -26,6 +26,7 @@ def register() -> None:
 
     from minimax_plugin.hf_modeling import modeling_minimax_m1 as modeling
     from minimax_plugin.hf_modeling.configuration_minimax_m1 import CONFIG_CLASSES
+    from minimax_plugin.hf_modeling.tokenization import register_tokenizers
     from minimax_plugin.hf_modeling.weight_mapping import register_weight_mapping
 
     for config_class in CONFIG_CLASSES:
@@ -41,5 +42,6 @@ def register() -> None:
         for model_class in model_classes:
             auto_class.register(model_class.config_class, model_class, exist_ok=True)
             register_weight_mapping(model_class.config_class.model_type)
+    register_tokenizers()
     _registered = True
     logger.debug("registered %s with transformers", ", ".join(c.model_type for c in CONFIG_CLASSES))

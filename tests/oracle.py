@@ -313,7 +313,7 @@ def write_checkpoint(
     if num_shards == 1:
         save_file(dict(tensors), path / "model.safetensors", metadata={"format": "pt"})
         return path
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     names = sorted(tensors)
     for shard in range(num_shards):
         file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"

@@ -39,7 +39,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def assert_matches_oracle(model: PreTrainedModel, oracle: Oracle, rows: list[list[int]], **inputs: Tensor) -> None:
+def assert_matches_oracle(model: PreTrainedModel, oracle: Oracle, rows: list[list[int]], **inputs: Any) -> None:
     """Logits and states of a batch, whose row i holds the tokens ``rows[i]`` where its mask is set."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()

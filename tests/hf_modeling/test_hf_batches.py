@@ -39,7 +39,7 @@ def test_padding_changes_neither_logits_nor_states(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if positions == "from-mask":
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    assert_matches_oracle(*pair, rows, **inputs)
+    assert_matches_oracle(pair[0], pair[1], rows, **inputs)
 
 
 def test_padding_in_the_middle(pair: tuple[PreTrainedModel, Oracle]) -> None:
@@ -48,7 +48,7 @@ def test_padding_in_the_middle(pair: tuple[PreTrainedModel, Oracle]) -> None:
     mask[1, 39] = False
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     rows = [ids[i][mask[i]].tolist() for i in range(2)]
-    assert_matches_oracle(*pair, rows, input_ids=ids, attention_mask=mask, position_ids=position_ids)
+    assert_matches_oracle(pair[0], pair[1], rows, input_ids=ids, attention_mask=mask, position_ids=position_ids)
 
 
 def test_left_padded_generation(pair: tuple[PreTrainedModel, Oracle]) -> None:
@@ -91,9 +91,7 @@ def test_any_padding_in_any_chunks(pair: tuple[PreTrainedModel, Oracle], data: s
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])
-def test_packed_documents_do_not_see_each_other(
-    pair: tuple[PreTrainedModel, Oracle], how: str, training: bool
-) -> None:
+def test_packed_documents_do_not_see_each_other(pair: tuple[PreTrainedModel, Oracle], how: str, training: bool) -> None:
     model, oracle = pair
     rows = [random_ids(1, n, seed=n)[0].tolist() for n in (30, 5, 1, 70)]
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([sum(rows, [])])}

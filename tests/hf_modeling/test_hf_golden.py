@@ -14,9 +14,7 @@ GOLDEN_BATCHES = {"a_hybrid8": 1, "c_lengths": 5, "e_leftpad": 1, "f_text01_shar
 
 @pytest.mark.parametrize("case", GOLDEN_BATCHES)
 def test_fp32_reproduces_golden(golden_dir: Path, case: str) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        golden_dir / case, dtype=torch.float32, output_loading_info=True
-    )
+    model, info = AutoModelForCausalLM.from_pretrained(golden_dir / case, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     golden = load_file(golden_dir / case / "golden.safetensors")
     for index in range(GOLDEN_BATCHES[case]):
