@@ -42,7 +42,7 @@ def lightning_backend(device: torch.device) -> str:
         if not on_gpu and not lightning.interpreted():
             raise RuntimeError(
                 f"{BACKEND_VARIABLE}=triton, but the tensors are on {device}, expected a CUDA or ROCm device; unset "
-                "the variable, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow, for tests)"
+                "the variable, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels (slow)"
             )
         return "triton"
     if not on_gpu:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from minimax_plugin.kernels import custom_ops, ops, reference
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from minimax_plugin.kernels import custom_ops, ops, reference
 
 HEADS, DIM = 2, 16
 SLOPES = torch.tensor([0.917, 0.01])

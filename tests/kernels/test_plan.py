@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minimax_plugin.kernels import dispatch, lightning, ops
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=6)
