@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay decode on the PyTorch path: any schedule of drafts and rejections follows the float64 recurrence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minimax_plugin.kernels import reference, replay
+
+HEADS, DIM = 2, 16
+SLOPES = torch.tensor([0.917, 4.95e-5])
+
+#: (tokens sent, tokens of them accepted) of one call.
+CALLS = st.lists(
+    st.integers(1, 8).flatmap(lambda sent: st.tuples(st.just(sent), st.integers(1, sent))), min_size=1, max_size=30
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(calls=CALLS, chunk=st.sampled_from(replay.CHUNKS), first=st.integers(0, 200))
+def test_any_schedule_follows_the_recurrence(calls: list[tuple[int, int]], chunk: int, first: int) -> None:
+    total = sum(accepted for _, accepted in calls) + replay.MAX_QUERY
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(total, HEADS, 3 * DIM, generator=generator)
+    pool = torch.randn(2, HEADS, DIM, DIM, generator=generator)
+    start = pool.clone()
+    expected, _ = reference.recurrence_fp64(*reference.split_packed(qkv, "silu"), SLOPES, pool[1])
+    k_ring = torch.full((2, replay.replay_ring_rows(chunk), HEADS, DIM), float("nan"))
+    v_ring = k_ring.clone()
+    boundary = position = torch.tensor([first], dtype=torch.int32)
+    worst = 0.0
+    for sent, accepted in calls:
+        done = int(position) - first
+        out = torch.empty(sent, HEADS, DIM)
+        arguments = call_arguments(qkv[done : done + sent], pool, k_ring, v_ring)
+        replay.lightning_decode_replay(
+            **arguments | {"boundary": boundary, "position": position, "out": out, "chunk": chunk}
+        )
+        worst = max(worst, float((out - expected[done : done + sent]).abs().max()))
+        boundary = replay.next_boundary(boundary, position, chunk)
+        position = position + accepted
+    # Single outputs may cancel almost to nothing, so the scale is that of all of them.
+    assert worst <= 1e-5 * float(expected.square().mean().sqrt())
+    folded = int(boundary) - first
+    assert folded % chunk == 0 and int(position) - int(boundary) < chunk + replay.MAX_QUERY
+    _, state = reference.recurrence_fp64(*reference.split_packed(qkv[:folded], "silu"), SLOPES, start[1])
+    assert (pool[1] - state).norm() <= 1e-6 * state.norm()
+    assert torch.equal(pool[0], start[0])
+
+
+def call_arguments(qkv: torch.Tensor, pool: torch.Tensor, k_ring: torch.Tensor, v_ring: torch.Tensor) -> dict[str, Any]:
+    """One sequence in slot 1 at position 0."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    return {
+        "qkv": qkv,
+        "slopes": SLOPES,
+        "state_pool": pool,
+        "k_ring": k_ring,
+        "v_ring": v_ring,
+        "slot_ids": torch.tensor([1]),
+        "boundary": zero,
+        "position": zero,
+        "cu_seqlens": torch.tensor([0, qkv.shape[0]], dtype=torch.int32),
+        "out": torch.empty(qkv.shape[0], HEADS, DIM),
+    }
+
+
+def fresh_arguments(num_tokens: int = 3) -> dict[str, Any]:
+    ring = torch.zeros(2, replay.replay_ring_rows(), HEADS, DIM)
+    return call_arguments(torch.randn(num_tokens, HEADS, 3 * DIM), torch.randn(2, HEADS, DIM, DIM), ring, ring.clone())
+
+
+def test_replay_is_a_well_formed_operator() -> None:
+    arguments = fresh_arguments()
+    extra = (None, 16, 8, "silu", -1)
+    torch.library.opcheck(torch.ops.minimax_plugin.lightning_decode_replay.default, (*arguments.values(), *extra))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chunk": 32}, r"chunk is 32, expected one of \(16, 64\)"),
+        ({"max_query": 9}, "max_query is 9, expected 1 to 8"),
+        ({"chunk": 64}, "k_ring has 31 rows, expected at least 79"),
+        ({"k_ring": torch.zeros(2, 31, HEADS, DIM, dtype=torch.bfloat16)}, "k_ring is torch.bfloat16"),
+        ({"position": torch.tensor([32], dtype=torch.int32)}, r"position - boundary is \[32\], expected .* below 32"),
+        ({"position": torch.tensor([-1], dtype=torch.int32)}, r"position - boundary is \[-1\]"),
+        ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, r"cu_seqlens is \[0, 4\], expected .* at most 3"),
+        ({"slot_ids": torch.tensor([2])}, r"slot_ids holds \[2\], expected slots below 2"),
+        ({"state_pool": torch.zeros(2, HEADS, DIM, DIM, dtype=torch.bfloat16)}, "state_pool is torch.bfloat16"),
+    ],
+    ids=["chunk", "max_query", "ring-rows", "ring-dtype", "position-high", "position-low", "bounds", "slot", "state"],
+)
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replay.lightning_decode_replay(**fresh_arguments() | change)
+
+
+def test_rule_of_thumb_prefers_replay_for_many_states_only() -> None:
+    assert not replay.prefer_replay(1, 64)
+    assert replay.prefer_replay(64, 8)
