@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: gradients of the whole model against the oracle, checkpointing, load balancing, adapters, the Trainer."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import load_fp32, make_pair, random_ids, relative_error
+from oracle import Oracle, tiny_config, write_checkpoint
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+LINEARS = ["qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS = ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"]
+
+
+def named_gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def oracle_gradients(oracle: Oracle, ids: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """Loss of the next-token prediction and its gradients by original names, float64."""
+    oracle.weights = {name: weight.requires_grad_() for name, weight in oracle.weights.items()}
+    logits = torch.stack([oracle(row.tolist()).logits for row in ids])
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.item(), {name: w.grad for name, w in oracle.weights.items() if w.grad is not None}
+
+
+@pytest.mark.parametrize("shared", [0, 24], ids=["routed", "shared-expert"])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_gradients_match_the_oracle(tmp_path: Path, experts: str, shared: int) -> None:
+    model, oracle = make_pair(tmp_path, shared_intermediate_size=shared)
+    model.set_experts_implementation(experts)
+    ids = random_ids(2, 70)
+    output = model.train()(ids, labels=ids)
+    output.loss.backward()
+    loss, expected = oracle_gradients(oracle, ids)
+    assert math.isclose(output.loss.item(), loss, rel_tol=1e-5)
+    actual = named_gradients(model)
+    compared = 0
+    for name, gradient in actual.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem = name.removesuffix("gate_up_proj")
+            reference = torch.stack(
+                [torch.cat([expected[f"{stem}{e}.{w}.weight"] for w in ("w1", "w3")]) for e in range(len(gradient))]
+            )
+        elif name.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            reference = torch.stack([expected[f"{stem}{e}.w2.weight"] for e in range(len(gradient))])
+        else:
+            reference = expected[name]
+        assert relative_error(gradient, reference) <= 2e-4, name
+        compared += 1
+    assert compared == len(list(model.parameters()))
+
+
+def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    model = load_fp32(write_checkpoint(tmp_path, tiny_config())).train()
+    ids = random_ids(2, 40)
+    model(ids, labels=ids).loss.backward()
+    expected = {name: gradient.clone() for name, gradient in named_gradients(model).items()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, gradient in named_gradients(model).items():
+        assert torch.equal(gradient, expected[name]), name
+
+
+def test_load_balancing_loss_is_added(tmp_path: Path) -> None:
+    model = load_fp32(write_checkpoint(tmp_path, tiny_config(router_aux_loss_coef=0.5))).train()
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    plain = model(ids, attention_mask=mask, labels=ids).loss
+    output = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    assert len(output.router_logits) == 4
+    assert torch.allclose(output.loss, plain + 0.5 * output.aux_loss)
+    # Even routing gives top_k, all tokens to the same experts gives the number of experts.
+    assert 1.9 <= output.aux_loss <= 4.0
+    output.loss.backward()
+    assert all(torch.isfinite(gradient).all() for gradient in named_gradients(model).values())
+
+
+def test_router_noise_only_while_training(tmp_path: Path) -> None:
+    model = load_fp32(write_checkpoint(tmp_path, tiny_config(router_jitter_noise=0.1)))
+    ids = random_ids(1, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+        model.train()
+        assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_bf16_training_step_is_finite(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, tiny_config()), dtype=torch.bfloat16)
+    ids = random_ids(2, 40)
+    loss = model.train()(ids, labels=ids, output_router_logits=True).loss
+    loss.backward()
+    assert all(torch.isfinite(gradient).all() for gradient in named_gradients(model).values())
+    assert model.model.layers[0].block_sparse_moe.gate.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [{"target_modules": LINEARS}, {"target_modules": [], "target_parameters": EXPERTS}],
+    ids=["linears", "experts"],
+)
+def test_adapter_trains_reloads_and_merges(tmp_path: Path, targets: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    path = write_checkpoint(tmp_path / "base", tiny_config())
+    ids = random_ids(1, 30)
+    config = peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **targets)
+    model = peft.get_peft_model(load_fp32(path), config).train()
+    base = load_fp32(path)(ids).logits
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(2):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[1] < losses[0]
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        assert (expected - base).abs().max() > 0.1
+        model.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(load_fp32(path), tmp_path / "adapter").eval()
+        assert torch.equal(again(ids).logits, expected)
+        merged = model.merge_and_unload()
+        assert (merged(ids).logits - expected).abs().max() <= 1e-3
+        merged.save_pretrained(tmp_path / "merged")
+        assert (load_fp32(tmp_path / "merged")(ids).logits - expected).abs().max() <= 1e-3
+
+
+def test_trainer_overfits(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = load_fp32(write_checkpoint(tmp_path / "model", tiny_config()))
+    ids = random_ids(4, 24)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        gradient_checkpointing=True,
+        save_strategy="no",
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    trainer.save_model(str(tmp_path / "saved"))
+    with torch.no_grad():
+        assert torch.equal(load_fp32(tmp_path / "saved")(ids).logits, model.eval()(ids).logits)
