@@ -277,13 +277,13 @@ def segment_state(k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool = False
 
 
 def combine_states(
-    states: Tensor, lengths: Sequence[int], slopes: Tensor, initial_state: Tensor | None = None
+    states: Tensor, lengths: Sequence[int] | Tensor, slopes: Tensor, initial_state: Tensor | None = None
 ) -> Tensor:
     """States before each of R consecutive stretches and after the last one; differentiable.
 
     Args:
         states: [R, ..., H, D, D] fp32, what each stretch leaves when it starts from zeros (:func:`segment_state`).
-        lengths: R token counts.
+        lengths: R token counts, on the host or as a tensor on the device of the states.
         slopes: [H] fp32.
         initial_state: [..., H, D, D] fp32 before the first stretch, or None for zeros.
 
