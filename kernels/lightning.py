@@ -52,29 +52,32 @@ class Tiles:
 
 
 #: Tiles by architecture and arithmetic, chosen by what the compiler reports (registers, spills, matrix instructions).
-#: 16-bit inputs other than bf16, and fp32, are multiplied in tf32 or three products of it, which needs smaller tiles.
+#: SiLU and the extra products of "high" need registers of their own. fp16 and fp32 are multiplied in tf32 or three
+#: products of it, which needs smaller tiles.
 TILES = {
+    "sm_80": {
+        "bf16": Tiles(64, 32, 8),
+        "bf16 silu": Tiles(64, 32, 4),
+        "bf16 high": Tiles(64, 32, 8),
+        "bf16 silu high": Tiles(64, 32, 4),
+        "fp16": Tiles(32, 32, 8),
+        "fp32": Tiles(16, 32, 8),
+    },
     "sm_90": {
         "bf16": Tiles(64, 64, 4),
+        "bf16 silu": Tiles(64, 64, 8),
         "bf16 high": Tiles(64, 64, 8),
+        "bf16 silu high": Tiles(64, 32, 8),
         "fp16": Tiles(32, 64, 8),
         "fp32": Tiles(16, 32, 8),
     },
     "sm_100": {
         "bf16": Tiles(64, 64, 8),
-        "bf16 high": Tiles(64, 64, 8),
         "fp16": Tiles(32, 64, 8),
-        "fp32": Tiles(16, 32, 8),
-    },
-    "sm_80": {
-        "bf16": Tiles(64, 32, 4),
-        "bf16 high": Tiles(64, 32, 8),
-        "fp16": Tiles(32, 32, 8),
         "fp32": Tiles(16, 32, 8),
     },
     "gfx942": {
         "bf16": Tiles(64, 64, 4),
-        "bf16 high": Tiles(64, 64, 4),
         "fp16": Tiles(32, 32, 4),
         "fp32": Tiles(16, 32, 4),
     },
@@ -196,7 +199,7 @@ class _Launch:
             )
         self.device = like.device
         self.architecture = architecture_of(like.device)
-        self.tiles = choose_tiles(self.architecture, like.dtype, self.head_dim, precision)
+        self.tiles = choose_tiles(self.architecture, like.dtype, self.head_dim, precision, activation)
         self.arithmetic = _arithmetic(self.architecture, like.dtype, precision)
         self.common = {
             "num_heads": self.num_heads,
@@ -285,7 +288,7 @@ class _Launch:
         blocks = self.common["BD"] // self.tiles.BV
         partial = None
         if sumsq is not None:
-            partial = torch.zeros((blocks, *sumsq.shape), dtype=torch.float32, device=self.device)
+            partial = torch.empty((blocks, *sumsq.shape), dtype=torch.float32, device=self.device)
         with _on(self.device):
             chunk_scan_kernel[(num_segments * self.num_heads * blocks,)](
                 q,
@@ -345,19 +348,22 @@ def _architecture(index: int | None) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(properties.major, DEFAULT_ARCHITECTURE)
 
 
-def choose_tiles(architecture: str, dtype: torch.dtype, head_dim: int, precision: str) -> Tiles:
+def choose_tiles(architecture: str, dtype: torch.dtype, head_dim: int, precision: str, activation: bool) -> Tiles:
     """Row of the launch table, narrowed to the head_dim, with the overrides of ``MINIMAX_LIGHTNING_TILES``."""
-    return _choose_tiles(architecture, dtype, head_dim, precision, os.environ.get(TILES_VARIABLE, ""))
+    overrides = os.environ.get(TILES_VARIABLE, "")
+    return _choose_tiles(architecture, dtype, head_dim, precision == "high", activation, overrides)
 
 
 @functools.cache
-def _choose_tiles(architecture: str, dtype: torch.dtype, head_dim: int, precision: str, overrides: str) -> Tiles:
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    if kind == "bf16" and precision == "high":
-        kind = "bf16 high"
-    if kind == "fp16" and precision == "high":
-        kind = "fp32"
-    tiles = TILES[architecture][kind]
+def _choose_tiles(
+    architecture: str, dtype: torch.dtype, head_dim: int, high: bool, activation: bool, overrides: str
+) -> Tiles:
+    table = TILES[architecture]
+    if dtype == torch.bfloat16:
+        name = "bf16" + " silu" * activation + " high" * high
+        tiles = table.get(name, table["bf16"])
+    else:
+        tiles = table["fp16" if dtype == torch.float16 and not high else "fp32"]
     padded = _padded(head_dim)
     # Twice the rows of the state leave room for half the columns.
     columns = tiles.BV if padded <= 128 else max(16, tiles.BV // 2)
@@ -415,13 +421,15 @@ def _on(device: torch.device) -> Any:
 def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: bool) -> list[LaunchConfig]:
     heads, dim = 64, 128
     name = f"{str(dtype).removeprefix('torch.')} {precision}"
-    tiles = choose_tiles(architecture, dtype, dim, precision)
-    common = {"num_heads": heads, "D": dim, "BD": dim, "BT": tiles.BT, **_arithmetic(architecture, dtype, precision)}
-    launch = {"num_stages": tiles.stages, "matrix_units": dtype == torch.bfloat16}
+    tiles = {act: choose_tiles(architecture, dtype, dim, precision, act) for act in (False, True)}
+    common = {"num_heads": heads, "D": dim, "BD": dim, **_arithmetic(architecture, dtype, precision)}
     cut = {"slopes_ptr": torch.float32, "segments_ptr": torch.int32, "offsets_ptr": torch.int32}
     states = {"state_ptr": torch.float32, "state_slot": heads * dim * dim, "null_slot": -1, "starts_ptr": torch.float32}
     serving = {"slots_ptr": torch.int32, "has_initial_ptr": torch.bool}
     training = dict.fromkeys(serving)
+
+    def launch(packed: bool) -> dict[str, Any]:
+        return {"num_stages": tiles[packed].stages, "matrix_units": dtype == torch.bfloat16}
 
     def scan(role: str, pool: dict[str, Any], sumsq: bool = False, **constants: Any) -> LaunchConfig:
         packed = constants["ACT"]
@@ -436,20 +444,22 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
             name=f"scan {role} {name}",
             kernel=chunk_scan_kernel,
             arguments={**tensors, **cut, **states, **pool, **strides, **extra},
-            constants={**common, **tokens, "BV": tiles.BV, **constants},
-            num_warps=tiles.warps,
-            **launch,
+            constants={**common, **tokens, "BT": tiles[packed].BT, "BV": tiles[packed].BV, **constants},
+            num_warps=tiles[packed].warps,
+            **launch(packed),
         )
 
     def state(role: str, pool: dict[str, Any], **constants: Any) -> LaunchConfig:
-        token, head = (heads * 3 * dim, 3 * dim) if constants["ACT"] else (heads * dim, dim)
+        packed = constants["ACT"]
+        token, head = (heads * 3 * dim, 3 * dim) if packed else (heads * dim, dim)
+        tokens = {"k_token": token, "v_token": token, "BT": tiles[packed].BT}
         return LaunchConfig(
             name=f"state {role} {name}",
             kernel=segment_state_kernel,
             arguments={"k_ptr": dtype, "v_ptr": dtype, **cut, **states, **pool, "k_head": head, "v_head": head},
-            constants={**common, "k_token": token, "v_token": token, **_segment_tile(dim), "ALL": False, **constants},
+            constants={**common, **tokens, **_segment_tile(dim), "ALL": False, **constants},
             num_warps=_segment_warps(dim),
-            **launch,
+            **launch(packed),
         )
 
     fixed = {"REVERSE": False, "TRANSPOSED": False, "STORE": True}
