@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor, expert and fully sharded parallelism over two processes, beside one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_helpers import load_fp32, random_ids
+from oracle import tiny_config, write_checkpoint
+
+WORKER = Path(__file__).with_name("parallel_worker.py")
+
+#: Parameters of which each of two ranks holds half, by mode.
+SHARDED = {
+    "tp": ["qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "ep": ["qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "fsdp": ["qkv_proj", "output_gate", "out_proj", "q_proj", "gate_up_proj", "down_proj", "embed_tokens"],
+}
+
+
+def run_two_ranks(path: Path, mode: str, result: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(path), mode, str(result)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["tp", "ep", "fsdp"])
+def test_two_ranks_equal_one(tmp_path: Path, mode: str) -> None:
+    path = write_checkpoint(tmp_path / "model", tiny_config(shared_intermediate_size=24))
+    ids = random_ids(2, 70)
+    torch.save(ids, path / "ids.pt")
+    result = run_two_ranks(path, mode, tmp_path / "result.pt")
+
+    model = load_fp32(path)
+    with torch.no_grad():
+        assert (result["logits"] - model(ids).logits).abs().max() <= 1e-3
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert result["generated"].tolist() == expected.tolist()
+    loss = model.train()(ids, labels=ids).loss
+    loss.backward()
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    square = sum(p.grad.double().square().sum().item() for p in model.parameters())
+    assert result["grad"] == pytest.approx(square, rel=1e-4)
+
+    whole = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    for part in SHARDED[mode]:
+        names = [name for name in whole if f".{part}" in name and "shared" not in name]
+        assert names
+        for name in names:
+            assert result["local"][name] == whole[name] // 2, name
