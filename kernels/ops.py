@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels import checks, custom_ops, reference
+from minimax_plugin.kernels import checks, custom_ops, norm, reference
 from minimax_plugin.kernels.dispatch import BACKEND_VARIABLE, lightning_backend
 from minimax_plugin.kernels.plan import SEGMENT, LightningPlan, suggest_segment
 
@@ -330,6 +330,8 @@ def gated_rmsnorm(
             f"gated_rmsnorm got o {tuple(o.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)}; expected "
             "o and gate alike and weight of their last dim"
         )
+    if lightning_backend(o.device) == "triton":
+        return norm.gated_rmsnorm(o, gate, weight, eps, sumsq, norm_size or o.shape[-1])
     return reference.gated_rmsnorm_torch(o, gate, weight, eps, sumsq=sumsq, norm_size=norm_size)
 
 
