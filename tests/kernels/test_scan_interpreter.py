@@ -35,3 +35,8 @@ def test_scan_kernels_in_the_interpreter_in_every_setting() -> None:
 def test_the_model_gives_the_goldens_through_the_interpreter(golden_dir: Path) -> None:
     pytest.importorskip("transformers")
     run_interpreted("golden_cases.py")
+
+
+@pytest.mark.slow
+def test_far_offsets_in_the_interpreter() -> None:
+    run_interpreted("far_offset_cases.py")
