@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens and slots that lie 2^31 elements and more into their tensors, in memory that is never touched in between.
 
-Not collected by itself: ``test_scan_interpreter.py`` runs it in a process of its own. The interpreter computes addresses
+X
 in the integer types of the kernel, so a 32-bit product wraps around as it would on a GPU.
 """
 
