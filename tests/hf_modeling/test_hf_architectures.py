@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import assert_matches_oracle, make_pair, random_ids
+from hf_helpers import assert_matches_oracle, load_fp32, make_pair, random_ids
+from oracle import Oracle, random_tensors, tiny_config, write_checkpoint
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "released-pattern": {"num_hidden_layers": 8, "attn_type_list": [0] * 7 + [1]},
@@ -58,3 +59,15 @@ def test_matches_oracle(tmp_path: Path, name: str) -> None:
     assert_matches_oracle(model, oracle, rows, input_ids=torch.tensor(rows))
     generated = model.generate(torch.tensor(rows), max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert generated[0, 70:].tolist() == oracle.greedy(rows[0], 8)
+
+
+def test_epsilon_of_the_lightning_norm(tmp_path: Path) -> None:
+    """Outputs so small that the epsilon decides: 1e-6 here, whatever ``rms_norm_eps`` is."""
+    config = tiny_config(rms_norm_eps=1e-5)
+    tensors = random_tensors(config)
+    for name in tensors:
+        if name.endswith("qkv_proj.weight"):
+            tensors[name] = tensors[name] * 0.1
+    model = load_fp32(write_checkpoint(tmp_path, config, tensors))
+    rows = random_ids(1, 20).tolist()
+    assert_matches_oracle(model, Oracle(config, tensors), rows, input_ids=torch.tensor(rows))

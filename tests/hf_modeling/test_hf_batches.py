@@ -59,6 +59,21 @@ def test_left_padded_generation(pair: tuple[PreTrainedModel, Oracle]) -> None:
         assert generated[i, ids.shape[1] :].tolist() == oracle.greedy(row, 8)
 
 
+def test_padding_token_by_token(pair: tuple[PreTrainedModel, Oracle]) -> None:
+    """A step whose one token is padding in some rows must leave the states of those rows alone."""
+    model, oracle = pair
+    rows, ids, mask = padded("right")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for step in range(20):
+            model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+    for i, row in enumerate(rows):
+        expected = OracleCache()
+        oracle(row[:20], expected)
+        for layer, state in expected.states.items():
+            assert relative_error(states_of(cache)[layer][i], state) <= 1e-5
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_padding_in_any_chunks(pair: tuple[PreTrainedModel, Oracle], data: st.DataObject) -> None:

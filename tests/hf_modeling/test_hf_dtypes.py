@@ -49,6 +49,14 @@ def test_what_stays_fp32(tmp_path: Path, make: Callable[[Path], PreTrainedModel]
     assert model.model.rotary_emb(output.logits, torch.arange(3)[None])[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_router_of_a_low_precision_checkpoint_is_widened(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(tiny_config()).items()}
+    model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, tiny_config(), tensors), dtype=dtype)
+    assert model.model.layers[0].block_sparse_moe.gate.weight.dtype == torch.float32
+    assert model._keep_in_fp32_modules_strict == {"block_sparse_moe.gate"}
+
+
 def test_rotation_is_the_same_after_loading_from_meta(tmp_path: Path) -> None:
     config = tiny_config(rotary_dim=8, rope_theta=1e4)
     path = write_checkpoint(tmp_path, config)
