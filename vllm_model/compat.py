@@ -31,7 +31,9 @@ __all__ = [
     "MambaBase",
     "MambaStateCopyFuncCalculator",
     "add_splitting_op",
+    "copies_whole_pages",
     "eager_during_capture",
+    "hits_parts_of_blocks",
     "layer_by_name",
     "layer_metadata",
     "register_custom_op",
@@ -144,6 +146,26 @@ def state_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, spec: A
     from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
     return mamba_get_block_table_tensor(block_table, seq_lens, spec, cache_mode)
+
+
+def hits_parts_of_blocks(vllm_config: VllmConfig) -> bool:
+    """Whether a sequence may go on from a cached part of a block (``--prefix-match-unit``, 0.31 and later)."""
+    cache = vllm_config.cache_config
+    return bool(cache.enable_prefix_caching) and cache.prefix_match_unit not in (None, cache.block_size)
+
+
+def copies_whole_pages(page_views: torch.Tensor) -> bool:
+    """Whether vLLM copies every byte of a block when a sequence goes on from a part of it (0.31, 0.32).
+
+    ``copy_kv_cache_blocks_inplace`` copies whole pages where one layer of each group, or all layers of a block, fill
+    the allocation. Elsewhere it copies the view of the first layer that uses a page, and skips the others there.
+
+    Args:
+        page_views: ``[blocks, 1, 1, bytes of the state]``, as layers are bound to it.
+    """
+    page = page_views.stride(0) * page_views.element_size()
+    state = page_views[0].numel() * page_views.element_size()
+    return page == state or page_views.untyped_storage().nbytes() == page_views.shape[0] * page
 
 
 def layer_metadata(layer_name: str) -> Any | None:

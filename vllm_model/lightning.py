@@ -36,11 +36,14 @@ class LightningAttention(nn.Module, MambaBase):
     head (q, k, v of one head together), so splitting rows over the ranks splits heads.
     """
 
+    kv_cache: tuple[Tensor, ...]
+
     def __init__(self, settings: ModelSettings, layer_idx: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         architecture = settings.architecture
         tp_size = get_tensor_model_parallel_world_size()
         self.prefix = prefix
+        self.vllm_config = vllm_config
         self.num_heads = architecture.num_attention_heads // tp_size
         self.head_dim = architecture.head_dim
         self.state_shape = architecture.state_shape(tp_size=tp_size)
@@ -84,7 +87,18 @@ class LightningAttention(nn.Module, MambaBase):
         return (torch.float32,)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take this layer's view of the block pool; blocks may be padded and are never made contiguous."""
+        """Take this layer's view of the block pool; blocks may be padded and are never made contiguous.
+
+        Raises:
+            ValueError: ``--prefix-match-unit`` is set and vLLM would copy part of a block without its keys and values.
+        """
+        if compat.hits_parts_of_blocks(self.vllm_config) and not compat.copies_whole_pages(kv_cache):
+            unit = self.vllm_config.cache_config.prefix_match_unit
+            raise ValueError(
+                f"--prefix-match-unit {unit} would give wrong tokens for this model: a lightning state takes "
+                f"{kv_cache[0].numel()} of the {kv_cache.stride(0)} bytes of a block, and this vLLM copies only those "
+                "when a sequence goes on from a part of a block; leave the option out"
+            )
         super().bind_kv_cache(kv_cache)
         self.state_pool = StatePool(self.kv_cache[0], null_slot=NULL_SLOT)
 
@@ -114,7 +128,7 @@ class LightningAttention(nn.Module, MambaBase):
         if metadata.num_decodes:
             num_decode_tokens = self._decode(pool, qkv, out, sumsq, metadata)
         stop = num_decode_tokens
-        if metadata.num_prefills:
+        if metadata.plan is not None:
             stop += metadata.num_prefill_tokens
             rows = slice(num_decode_tokens, stop)
             pool.prefill(
@@ -131,9 +145,7 @@ class LightningAttention(nn.Module, MambaBase):
         out[stop:] = 0
         sumsq[stop:] = 0
 
-    def _decode(
-        self, pool: StatePool, qkv: Tensor, out: Tensor, sumsq: Tensor, metadata: LightningMetadata
-    ) -> int:
+    def _decode(self, pool: StatePool, qkv: Tensor, out: Tensor, sumsq: Tensor, metadata: LightningMetadata) -> int:
         """Run the decode rows and return the number of their tokens."""
         slots = metadata.state_indices_tensor_d
         if metadata.read_slots_d is None:

@@ -153,9 +153,7 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self._clear_fresh_slots(updated)
         return updated
 
-    def _decode_single_tokens(
-        self, common: CommonAttentionMetadata
-    ) -> tuple[CommonAttentionMetadata, Tensor | None]:
+    def _decode_single_tokens(self, common: CommonAttentionMetadata) -> tuple[CommonAttentionMetadata, Tensor | None]:
         """In a step of one token per row let prompts decode, from a cleared slot.
 
         Model Runner V1 replays a decode graph for such a step whatever the rows are, so a prompt of one token must find
@@ -213,15 +211,15 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         tokens = torch.cat([torch.arange(bounds[first + row], bounds[first + row + 1]) for row in rows.tolist()])
         table = _state_indices(common, self.kv_cache_spec, self.vllm_config)
         rows_d = _to(rows, device)
-        slots = metadata.state_indices_tensor_p.clone()
-        slots[rows_d] = NULL_SLOT
+        metadata.state_indices_tensor_p = metadata.state_indices_tensor_p.clone()
+        metadata.state_indices_tensor_p[rows_d] = NULL_SLOT
         drafted = DraftedPrompts(
             tokens=_to(tokens - metadata.num_decode_tokens, device),
             cu_seqlens=_to(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device),
             read_slots=torch.full((len(rows),), NULL_SLOT, dtype=torch.int32, device=device),
             write_slots=table[first + rows_d, : 1 + self.num_spec_tokens].int().contiguous(),
         )
-        return replace(metadata, state_indices_tensor_p=slots, drafted_prompts=drafted)
+        return replace(metadata, drafted_prompts=drafted)
 
     def _clear_fresh_slots(self, metadata: LightningMetadata) -> None:
         if metadata.fresh_rows is None:

@@ -89,9 +89,7 @@ class WeightLedger:
         Args:
             is_elsewhere: whether a tensor belongs to another rank.
         """
-        missing = [
-            name for name in self._specs if name.rsplit(".", 1)[0] not in self._seen and not is_elsewhere(name)
-        ]
+        missing = [name for name in self._specs if name.rsplit(".", 1)[0] not in self._seen and not is_elsewhere(name)]
         if missing:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise ValueError(
@@ -117,9 +115,7 @@ class WeightLedger:
             self._seen.add(name.rsplit(".", 1)[0])
             return
         parts = ("w1", "w3") if fused.group(2) == "gate_up_proj" else ("w2",)
-        self._seen.update(
-            f"{fused.group(1)}.{expert}.{part}" for expert in range(self._num_experts) for part in parts
-        )
+        self._seen.update(f"{fused.group(1)}.{expert}.{part}" for expert in range(self._num_experts) for part in parts)
 
     def _faults(self) -> str:
         """What the files themselves show, one line each; empty if the source is not a local directory."""

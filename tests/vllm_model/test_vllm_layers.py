@@ -49,10 +49,31 @@ def test_shape_of_the_state_follows_the_ranks() -> None:
             parallel_config=SimpleNamespace(tensor_parallel_size=tp_size),
             model_config=SimpleNamespace(hf_config=SimpleNamespace(**tiny_config())),
         )
-        return MiniMaxM1ForCausalLM.get_mamba_state_shape_from_config(config)  # type: ignore[arg-type]
+        return MiniMaxM1ForCausalLM.get_mamba_state_shape_from_config(config)
 
     assert shape(1) == ((4, 32, 32),)
     assert shape(2) == ((2, 32, 32),)
+
+
+@pytest.mark.parametrize(
+    ("page", "layers", "unit", "refused"),
+    [(2, 2, 32, True), (2, 2, None, False), (1, 2, 32, False), (2, 1, 32, False)],
+    ids=["padded", "whole-blocks-only", "not-padded", "one-layer"],
+)
+def test_parts_of_blocks_are_hit_only_where_vllm_copies_all_of_a_block(
+    page: int, layers: int, unit: int | None, refused: bool, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With padded states and several layers per group, vLLM 0.31 and 0.32 leave keys and values behind."""
+    layer = tiny_model.model.layers[0].self_attn
+    monkeypatch.setattr(layer.vllm_config.cache_config, "prefix_match_unit", unit)
+    monkeypatch.setattr(layer.vllm_config.cache_config, "enable_prefix_caching", True)
+    state = 4 * 32 * 32 * 4
+    pages = torch.zeros(layers * 3 * page * state, dtype=torch.int8)[: 3 * page * state].view(3, 1, 1, -1)[..., :state]
+    if refused:
+        with pytest.raises(ValueError, match="--prefix-match-unit 32 would give wrong tokens"):
+            layer.bind_kv_cache(pages)
+    else:
+        layer.bind_kv_cache(pages)
 
 
 def test_heads_must_split_over_the_ranks(tiny_config_of_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +106,7 @@ def test_norm_spans_the_heads_of_all_ranks(distributed: None, monkeypatch: pytes
     for rank in range(2):
         monkeypatch.setattr(lightning_module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
         norm = HeadsRMSNorm(heads * dim)
-        norm.weight.weight_loader(norm.weight, weight)
+        HeadsRMSNorm.weight_loader(norm.weight, weight)
         channels = slice(rank * local, (rank + 1) * local)
         part = norm(out[:, channels], gate[:, channels], sumsq[:, rank * 3 : (rank + 1) * 3])
         torch.testing.assert_close(part.double(), expected[:, channels], rtol=1e-5, atol=1e-6)
@@ -213,6 +234,7 @@ def test_4000_decode_steps_in_bf16(layer_idx: int, tiny_config_of_vllm: Any) -> 
     out, sumsq = torch.empty(1, heads, dim, dtype=torch.bfloat16), torch.empty(1, heads)
     for t in range(steps):
         layer.attend(qkv[t : t + 1], out, sumsq, metadata)
+    assert layer.state_pool is not None
     state = layer.state_pool.states[1]
     # The activation is part of the error: here in float64, in the layer rounded to bf16.
     q, k, v = torch.nn.functional.silu(qkv.double()).chunk(3, -1)

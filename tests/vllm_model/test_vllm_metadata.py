@@ -84,7 +84,7 @@ def _common(rows: Sequence[Row]) -> Any:
 
 
 def _build(builder: LightningMetadataBuilder, rows: Sequence[Row]) -> LightningMetadata:
-    extra = {}
+    extra: dict[str, Any] = {}
     if builder.use_spec_decode:
         extra = {
             "num_accepted_tokens": torch.tensor([row.accepted for row in rows], dtype=torch.int32),
@@ -120,6 +120,7 @@ def test_rows_of_a_mixed_step(config: Any, layer: Any) -> None:
     assert metadata.state_indices_tensor_d[:, 0].tolist() == [3, 4]
     assert metadata.state_indices_tensor_p.tolist() == [5, 6, 7]
     assert metadata.has_initial_states_p.tolist() == [True, False, False]
+    assert metadata.plan is not None
     assert metadata.plan.cu_seqlens.tolist() == [0, 70, 71, 1571]
     # Segments end at multiples of 1,024 of the sequence, not of the chunk.
     assert metadata.plan.segments.tolist() == [[0, 0, 70], [1, 70, 71], [2, 71, 1095], [2, 1095, 1571]]
@@ -147,6 +148,7 @@ def test_another_layer_group_clears_its_own_slots(config: Any, layer: Any) -> No
 def test_drafted_rows_continue_after_their_last_accepted_token(config: Any, layer: Any) -> None:
     rows = [Row(20, 4, 8, [3, 4, 5, 6], drafts=3, accepted=3), Row(30, 4, 8, [7, 8, 9, 10], drafts=3, accepted=1)]
     metadata = _build(_builder(config, layer, drafts=3), rows)
+    assert metadata.read_slots_d is not None
     assert metadata.read_slots_d.tolist() == [5, 7]
     assert metadata.state_indices_tensor_d.tolist() == [[3, 4, 5, 6], [7, 8, 9, 10]]
 
@@ -163,6 +165,7 @@ def test_a_drafted_prompt_of_one_token_leaves_the_prefill(config: Any, layer: An
     assert metadata.num_decodes == 1 and metadata.num_prefills == 3
     assert metadata.state_indices_tensor_p.tolist() == [7, 0, 15]
     drafted = metadata.drafted_prompts
+    assert drafted is not None
     assert drafted.tokens.tolist() == [50, 51, 52, 53]
     assert drafted.cu_seqlens.tolist() == [0, 4]
     assert drafted.read_slots.tolist() == [0]

@@ -7,6 +7,7 @@ takes most of the time of a test. So each configuration gets one process that se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -43,7 +44,7 @@ INTERPRETED_TRITON_ENV = {"TRITON_INTERPRET": "1"}
 
 @dataclass(frozen=True)
 class Completion:
-    """What the engine generated for one prompt: token ids, their log probabilities, prompt tokens found in the cache."""
+    """Generated token ids, their log probabilities, and how many tokens of the prompt were found in the cache."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -93,9 +94,7 @@ class EngineProcess:
         self._reader.close()
         self._log.close()
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, lora: str | None = None
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, lora: str | None = None) -> list[Completion]:
         """Greedy continuations of all prompts in one batch."""
         request = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "lora": lora}
         return [Completion(**item) for item in self._call("generate", request)]
@@ -105,10 +104,9 @@ class EngineProcess:
         return self._call("facts", {})
 
     def _call(self, command: str, argument: dict[str, Any]) -> Any:
-        try:
+        # A process that died is noticed below, with what it said.
+        with contextlib.suppress(BrokenPipeError):
             os.write(self._requests, (json.dumps([command, argument]) + "\n").encode())
-        except BrokenPipeError:
-            pass  # the reply below is empty and says why
         reply = self._reader.readline()
         if not reply:
             self._log.seek(0)
@@ -129,7 +127,7 @@ def pretend_triton_backend() -> None:
         def is_active() -> bool:
             return True
 
-    backends["cpu"] = SimpleNamespace(driver=Driver)  # type: ignore[assignment]
+    backends["cpu"] = SimpleNamespace(driver=Driver)
 
 
 def _serve(requests_fd: int, replies_fd: int) -> None:
