@@ -88,18 +88,10 @@ def lightning_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial states: three scans with permuted roles, see ``reference``."""
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    carry = _states_or_zeros(q, grad_state, cu_seqlens)
-    if lightning_backend(q.device) == "triton":
-        cut = lightning.Cut(segments, segment_offsets, max_segments)
-        lightning.backward(grad_o, carry, q, k, v, slopes, initial_state, cut, (dq, dk, dv), precision=precision)
-        return dq, dk, dv, carry
-    forward_state = _states_or_zeros(q, initial_state, cu_seqlens).transpose(2, 3).contiguous()
-    _scan_sequences(grad_o, v, k, slopes, forward_state, cu_seqlens, dq, reverse=False)
-    carry_t = carry.transpose(2, 3).contiguous()
-    _scan_sequences(v, grad_o, q, slopes, carry_t, cu_seqlens, dk, reverse=True)
-    _scan_sequences(k, q, grad_o, slopes, carry, cu_seqlens, dv, reverse=True)
-    return dq, dk, dv, carry
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    cut = lightning.Cut(segments, segment_offsets, max_segments)
+    carry = _gradients(grads, grad_o, grad_state, (q, k, v), slopes, initial_state, cu_seqlens, cut, precision)
+    return *grads, carry
 
 
 @lightning_backward.register_fake
@@ -136,6 +128,105 @@ def _backward(ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None) -> tup
 
 
 lightning_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lightning_packed_forward", mutates_args=())
+@outside_autocast
+def lightning_packed_forward(
+    qkv: Tensor,
+    slopes: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    segments: Tensor,
+    segment_offsets: Tensor,
+    max_segments: int,
+    activation: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`lightning_forward` on the projection output [T, H, 3D]; only that is kept for the backward."""
+    num_tokens, num_heads, width = qkv.shape
+    out = torch.empty((num_tokens, num_heads, width // 3), dtype=qkv.dtype, device=qkv.device)
+    state = _states_or_zeros(out, initial_state, cu_seqlens)
+    if lightning_backend(qkv.device) == "triton":
+        cut = lightning.Cut(segments, segment_offsets, max_segments)
+        q, k, v = qkv.chunk(3, dim=-1)
+        lightning.forward(
+            q,
+            k,
+            v,
+            slopes,
+            state,
+            cut,
+            out,
+            has_initial=initial_state is not None,
+            activation=activation,
+            precision=precision,
+        )
+        return out, state
+    _check_values(slopes)
+    sequences = range(cu_seqlens.shape[0] - 1)
+    reference.prefill_loop(
+        qkv, slopes, state, sequences, [True for _ in sequences], segments.tolist(), out, activation=activation or None
+    )
+    return out, state
+
+
+@lightning_packed_forward.register_fake
+def _(qkv, slopes, initial_state, cu_seqlens, segments, segment_offsets, max_segments, activation, precision):  # type: ignore[no-untyped-def]
+    out = qkv.new_empty((qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3))
+    return out, _fake_states(out, cu_seqlens)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::lightning_packed_backward", mutates_args=())
+@outside_autocast
+def lightning_packed_backward(
+    grad_o: Tensor,
+    grad_state: Tensor | None,
+    qkv: Tensor,
+    slopes: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    segments: Tensor,
+    segment_offsets: Tensor,
+    max_segments: int,
+    activation: str,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the projection output and of the initial states; the activation is computed again."""
+    grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    cut = lightning.Cut(segments, segment_offsets, max_segments)
+    activated = reference.split_packed(qkv, activation or None)
+    carry = _gradients(
+        grad.chunk(3, dim=-1), grad_o, grad_state, activated, slopes, initial_state, cu_seqlens, cut, precision
+    )
+    return torch.ops.aten.silu_backward(grad, qkv) if activation else grad, carry
+
+
+@lightning_packed_backward.register_fake
+def _(  # type: ignore[no-untyped-def]
+    grad_o, grad_state, qkv, slopes, initial_state, cu_seqlens, segments, segment_offsets, max_segments, activation,
+    precision,
+):  # fmt: skip
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), _fake_states(grad_o, cu_seqlens)
+
+
+def _packed_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.max_segments, ctx.activation, ctx.precision = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _packed_backward(ctx: Any, grad_o: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, slopes, initial_state, *cut = ctx.saved_tensors
+    if grad_o is None:
+        grad_o = qkv.new_zeros((*qkv.shape[:2], qkv.shape[2] // 3))
+    options = (ctx.max_segments, ctx.activation, ctx.precision)
+    grad, ds0 = torch.ops.minimax_plugin.lightning_packed_backward(
+        grad_o.contiguous(), grad_state, qkv, slopes, initial_state, *cut, *options
+    )
+    return grad, None, ds0 if initial_state is not None else None, None, None, None, None, None, None
+
+
+lightning_packed_forward.register_autograd(_packed_backward, setup_context=_packed_setup_context)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::lightning_segment_state", mutates_args=())
@@ -296,6 +387,31 @@ def lightning_verify(
 
 for _op in (lightning_prefill, lightning_decode, lightning_verify):
     _op.register_fake(lambda *args: None)
+
+
+def _gradients(
+    grads: tuple[Tensor, ...],
+    grad_o: Tensor,
+    grad_state: Tensor | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    slopes: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor,
+    cut: lightning.Cut,
+    precision: str,
+) -> Tensor:
+    """Write the gradients of q, k and v; return those of the initial states."""
+    (dq, dk, dv), (q, k, v) = grads, qkv
+    carry = _states_or_zeros(q, grad_state, cu_seqlens)
+    if lightning_backend(q.device) == "triton":
+        lightning.backward(grad_o, carry, q, k, v, slopes, initial_state, cut, (dq, dk, dv), precision=precision)
+        return carry
+    forward_state = _states_or_zeros(q, initial_state, cu_seqlens).transpose(2, 3).contiguous()
+    _scan_sequences(grad_o, v, k, slopes, forward_state, cu_seqlens, dq, reverse=False)
+    carry_t = carry.transpose(2, 3).contiguous()
+    _scan_sequences(v, grad_o, q, slopes, carry_t, cu_seqlens, dk, reverse=True)
+    _scan_sequences(k, q, grad_o, slopes, carry, cu_seqlens, dv, reverse=True)
+    return carry
 
 
 def _scan_sequences(

@@ -103,10 +103,11 @@ def forward(
     *,
     has_initial: bool,
     precision: str,
+    activation: str = "",
 ) -> None:
     """Outputs of packed sequences; ``state`` [N, H, D, D] holds the initial states and receives the final ones."""
     pool = _Pool(state, initial="always" if has_initial else "zeros")
-    launch = _Launch(q, slopes, cut, pool, precision)
+    launch = _Launch(q, slopes, cut, pool, precision, activation=activation == "silu")
     launch.chunk_scan(q, k, v, out, launch.starts(k, v), store=True)
 
 

@@ -81,17 +81,12 @@ def lightning_attention(
     checks.check_alike(q=q, k=k, v=v)
     checks.check_slopes(slopes, q.shape[-2], q.device)
     checks.check_precision(precision)
-    if q.dim() == 4:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens is only for packed [T, H, D] inputs, got q of shape " + str(tuple(q.shape)))
-        batch, length = q.shape[:2]
-        plan = plan or LightningPlan.uniform(batch, length, device=q.device)
-        flat = [x.reshape(batch * length, *x.shape[2:]) for x in (q, k, v)]
-        o, state = _attention(*flat, slopes, initial_state, plan, output_final_state, precision)
-        return o.reshape(v.shape), state
-    if plan is None:
-        plan = LightningPlan.build([0, q.shape[0]] if cu_seqlens is None else cu_seqlens, device=q.device)
-    return _attention(q, k, v, slopes, initial_state, plan, output_final_state, precision)
+    plan = _resolve_plan("q", q, cu_seqlens, plan)
+    _check_initial_state(initial_state, plan, q.shape[-2], q.shape[-1], q.device)
+    o, state = torch.ops.minimax_plugin.lightning_forward(
+        *(_pack(x) for x in (q, k, v)), slopes, initial_state, *_cut(plan), precision
+    )
+    return o.reshape(v.shape), state if output_final_state else None
 
 
 def lightning_attention_packed(
@@ -105,21 +100,21 @@ def lightning_attention_packed(
     plan: LightningPlan | None = None,
     precision: str = "default",
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`lightning_attention` on the projection output ``[B, T, H, 3D]`` or ``[T, H, 3D]`` (per head q, k, v)."""
+    """:func:`lightning_attention` on the projection output ``[B, T, H, 3D]`` or ``[T, H, 3D]`` (per head q, k, v).
+
+    The activation is part of the operator and computed again in the backward, so that training keeps ``qkv`` only.
+    """
     checks.check_activation(activation)
     checks.check_packed(qkv, (3, 4))
-    q, k, v = reference.split_packed(qkv, activation)
-    return lightning_attention(
-        q,
-        k,
-        v,
-        slopes,
-        cu_seqlens=cu_seqlens,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        plan=plan,
-        precision=precision,
+    num_heads, head_dim = qkv.shape[-2], qkv.shape[-1] // 3
+    checks.check_slopes(slopes, num_heads, qkv.device)
+    checks.check_precision(precision)
+    plan = _resolve_plan("qkv", qkv, cu_seqlens, plan)
+    _check_initial_state(initial_state, plan, num_heads, head_dim, qkv.device)
+    o, state = torch.ops.minimax_plugin.lightning_packed_forward(
+        _pack(qkv), slopes, initial_state, *_cut(plan), activation or "", precision
     )
+    return o.reshape(*qkv.shape[:-1], head_dim), state if output_final_state else None
 
 
 def lightning_prefill(
@@ -172,10 +167,7 @@ def lightning_prefill(
         state_pool,
         slot_ids,
         has_initial,
-        plan.cu_seqlens,
-        plan.segments,
-        plan.segment_offsets,
-        plan.max_segments,
+        *_cut(plan),
         out,
         sumsq,
         checkpoint_slots,
@@ -263,15 +255,7 @@ def segment_state(k: Tensor, v: Tensor, slopes: Tensor, *, reverse: bool = False
     batch, length = k.shape[:2] if k.dim() == 4 else (1, k.shape[0])
     plan = LightningPlan.uniform(batch, length, device=k.device)
     state = torch.ops.minimax_plugin.lightning_segment_state(
-        k.reshape(-1, *k.shape[-2:]),
-        v.reshape(-1, *v.shape[-2:]),
-        slopes,
-        plan.cu_seqlens,
-        plan.segments,
-        plan.segment_offsets,
-        plan.max_segments,
-        reverse,
-        precision,
+        _pack(k), _pack(v), slopes, *_cut(plan), reverse, precision
     )
     return state if k.dim() == 4 else state[0]
 
@@ -335,31 +319,35 @@ def gated_rmsnorm(
     return reference.gated_rmsnorm_torch(o, gate, weight, eps, sumsq=sumsq, norm_size=norm_size)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    initial_state: Tensor | None,
-    plan: LightningPlan,
-    output_final_state: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor | None]:
-    checks.check_num_tokens(plan.num_tokens, q.shape[0])
-    if initial_state is not None:
-        checks.check_state("initial_state", initial_state, q.shape[-2], q.shape[-1], q.device)
-        if initial_state.shape[0] != plan.num_sequences:
-            raise ValueError(f"initial_state holds {initial_state.shape[0]} states, expected {plan.num_sequences}")
-    o, state = torch.ops.minimax_plugin.lightning_forward(
-        q,
-        k,
-        v,
-        slopes,
-        initial_state,
-        plan.cu_seqlens,
-        plan.segments,
-        plan.segment_offsets,
-        plan.max_segments,
-        precision,
-    )
-    return o, state if output_final_state else None
+def _resolve_plan(
+    name: str, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None, plan: LightningPlan | None
+) -> LightningPlan:
+    """The given plan, or one from the shape and the bounds; either must cover the tokens."""
+    batched = tokens.dim() == 4
+    if batched and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens is only for packed tokens [T, H, ...], got {name} of shape {tuple(tokens.shape)}")
+    if plan is None and batched:
+        return LightningPlan.uniform(tokens.shape[0], tokens.shape[1], device=tokens.device)
+    if plan is None:
+        plan = LightningPlan.build([0, tokens.shape[0]] if cu_seqlens is None else cu_seqlens, device=tokens.device)
+    checks.check_num_tokens(plan.num_tokens, tokens.shape[0] * tokens.shape[1] if batched else tokens.shape[0])
+    return plan
+
+
+def _check_initial_state(
+    state: Tensor | None, plan: LightningPlan, num_heads: int, head_dim: int, device: torch.device
+) -> None:
+    if state is None:
+        return
+    checks.check_state("initial_state", state, num_heads, head_dim, device)
+    if state.shape[0] != plan.num_sequences:
+        raise ValueError(f"initial_state holds {state.shape[0]} states, expected {plan.num_sequences}")
+
+
+def _pack(tokens: Tensor) -> Tensor:
+    return tokens.reshape(-1, *tokens.shape[-2:])
+
+
+def _cut(plan: LightningPlan) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A plan as the operators take it."""
+    return plan.cu_seqlens, plan.segments, plan.segment_offsets, plan.max_segments

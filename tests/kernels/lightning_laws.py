@@ -430,6 +430,24 @@ def law_gradients_without_states(setting: Setting) -> None:
             assert_close(name, a[n], b, setting.gradient_error)
 
 
+def law_gradients_of_the_projection(setting: Setting) -> None:
+    """Through the activation, which the operator applies itself and does not keep."""
+    length = setting.segment + 5
+    qkv = setting.qkv(length).requires_grad_()
+    initial = setting.states(1).requires_grad_()
+    weight = setting.qkv(length, seed=7)[..., : setting.head_dim]
+    o, _ = ops.lightning_attention_packed(
+        qkv, setting.slopes_tensor(), initial_state=initial, plan=setting.plan(length), precision=setting.precision
+    )
+    found = torch.autograd.grad(o, (qkv, initial), weight)
+    exact = [x.detach().cpu().double().requires_grad_() for x in (qkv, initial)]
+    q, k, v = reference.split_packed(exact[0], "silu")
+    out, _ = reference.recurrence_fp64(q, k, v, setting.slopes_tensor().cpu(), exact[1][0])
+    expected = torch.autograd.grad(out, exact, weight.cpu().double())
+    assert_close("d_qkv", found[0], expected[0], setting.gradient_error)
+    assert_close("gradient of the initial state", found[1][0], expected[1][0], setting.gradient_error)
+
+
 def law_segment_states_add_up(setting: Setting) -> None:
     cuts = (0, 40, 40 + setting.segment + 3, 40 + 2 * setting.segment)
     q, k, v = reference.split_packed(setting.qkv(cuts[-1]), None)

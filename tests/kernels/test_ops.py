@@ -108,7 +108,7 @@ def test_attention_names_what_is_wrong(fault: dict[str, Any], message: str) -> N
 
 def test_bounds_are_only_for_packed_tokens() -> None:
     q = tokens(1, 6, HEADS, DIM)
-    with pytest.raises(ValueError, match=r"cu_seqlens is only for packed \[T, H, D\] inputs"):
+    with pytest.raises(ValueError, match=r"cu_seqlens is only for packed tokens \[T, H, \.\.\.\]"):
         ops.lightning_attention(q, q, q, SLOPES, cu_seqlens=[0, 6])
 
 
@@ -154,6 +154,15 @@ def test_backward_and_segment_state_pass_opcheck() -> None:
     q, k, v, slopes, state, *rest = forward_arguments(grad=False)
     torch.library.opcheck(custom_ops.lightning_backward, (q, state, q, k, v, slopes, state, *rest))
     torch.library.opcheck(custom_ops.lightning_segment_state, (k, v, slopes, *rest[:-1], True, "default"))
+
+
+def test_packed_operators_pass_opcheck() -> None:
+    *_, state, cu, segments, offsets, most, precision = forward_arguments()
+    rest = (cu, segments, offsets, most, "silu", precision)
+    qkv = tokens(70, HEADS, 3 * DIM).requires_grad_()
+    torch.library.opcheck(custom_ops.lightning_packed_forward, (qkv, SLOPES, state, *rest))
+    grad_o, state = tokens(70, HEADS, DIM), state.detach()
+    torch.library.opcheck(custom_ops.lightning_packed_backward, (grad_o, state, qkv.detach(), SLOPES, None, *rest))
 
 
 def test_in_place_operators_pass_opcheck() -> None:
@@ -226,6 +235,14 @@ def test_backward_keeps_only_its_inputs() -> None:
         torch.ops.minimax_plugin.lightning_forward(q, k, v, slopes, None, *rest)
     sizes = sum(x.numel() for x in saved if x.is_floating_point())
     assert sizes == 3 * q.numel() + slopes.numel()
+
+
+def test_training_on_the_projection_keeps_only_the_projection() -> None:
+    saved: list[Tensor] = []
+    qkv = tokens(2, 640, HEADS, 3 * DIM).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ops.lightning_attention_packed(qkv, SLOPES)
+    assert sum(x.numel() for x in saved if x.is_floating_point()) == qkv.numel() + SLOPES.numel()
 
 
 def test_combine_states_is_differentiable() -> None:
