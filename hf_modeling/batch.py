@@ -12,12 +12,15 @@ head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minimax_plugin.kernels.ops import LightningPlan
+
+_PLAN_TENSORS = ("cu_seqlens", "segments", "segment_offsets")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,18 @@ class LightningBatch:
     def build_packed(cls, batch_size: int, length: int, bounds: Sequence[int], device: torch.device) -> LightningBatch:
         """Several documents per row; ``bounds`` are the N + 1 document bounds in the flattened [B * T]."""
         return cls(batch_size, length, None, LightningPlan.build(bounds, device=device))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> LightningBatch:
+        """The same on another device, for models whose layers are spread over several."""
+        own = {"mask": self.mask, "token_index": self.token_index}
+        of_plan = {name: getattr(self.plan, name) for name in _PLAN_TENSORS} if self.plan else {}
+        if all(tensor is None or tensor.device == device for tensor in (*own.values(), *of_plan.values())):
+            return self
+
+        def move(tensors: dict[str, Tensor | None]) -> dict[str, Any]:
+            return {n: t if t is None else t.to(device, non_blocking=non_blocking) for n, t in tensors.items()}
+
+        return replace(self, **move(own), plan=replace(self.plan, **move(of_plan)) if self.plan else None)
 
     def pack(self, qkv: Tensor) -> Tensor:
         """``[B, T, H, 3D]`` -> ``[P, H, 3D]``."""

@@ -165,6 +165,7 @@ class MiniMaxM1LightningAttention(nn.Module):
         qkv = self.qkv_proj(hidden_states)
         qkv = qkv.view(*qkv.shape[:-1], -1, 3 * self.head_dim)
         slopes = self.slopes(qkv.device)
+        lightning_batch = lightning_batch.to(qkv.device)
         if past_key_values is not None:
             output = past_key_values.layers[self.layer_idx].attend(qkv, slopes, lightning_batch)
         else:

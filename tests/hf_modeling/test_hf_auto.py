@@ -12,7 +12,7 @@ import torch
 from hf_helpers import random_ids
 from oracle import random_tensors, tiny_config, write_checkpoint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from minimax_plugin.architecture import EOS_TOKEN_ID, PAD_TOKEN_ID, RELEASED_VOCAB_SIZE, VOCAB_PADDING_START
 from minimax_plugin.hf_modeling.modeling_minimax_m1 import MiniMaxM1ForCausalLM, MiniMaxText01ForCausalLM
@@ -44,7 +44,11 @@ TEXT = "The company's 1234567 camelCase tokens won't cost $12.50 in 2025 中文�
     ],
 )
 def test_auto_classes_need_no_remote_code(
-    tmp_path: Path, model_type: str, model_class: type, trust_remote_code: bool | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model_type: str,
+    model_class: type[PreTrainedModel],
+    trust_remote_code: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(prompt: str = "") -> str:
         raise AssertionError(f"asked the user: {prompt}")

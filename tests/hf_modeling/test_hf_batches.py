@@ -12,6 +12,8 @@ from oracle import Oracle, OracleCache
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from minimax_plugin.hf_modeling.batch import LightningBatch
+
 LENGTHS = [70, 9, 1, 66]
 
 
@@ -57,6 +59,16 @@ def test_left_padded_generation(pair: tuple[PreTrainedModel, Oracle]) -> None:
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     for i, row in enumerate(rows):
         assert generated[i, ids.shape[1] :].tolist() == oracle.greedy(row, 8)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 1], [0, 1, 1]])], ids=["dense", "padded"])
+def test_a_batch_follows_layers_to_their_device(mask: Tensor | None) -> None:
+    batch = LightningBatch.build(2, 3, mask, torch.device("cpu"), cached=False)
+    assert batch.to(torch.device("cpu")) is batch
+    moved = batch.to(torch.device("meta"))
+    assert moved.plan is not None and moved.plan.cu_seqlens.device.type == "meta"
+    assert moved.plan.segments.device.type == moved.plan.segment_offsets.device.type == "meta"
+    assert mask is None or (moved.mask is not None and moved.mask.device.type == "meta")
 
 
 def test_padding_token_by_token(pair: tuple[PreTrainedModel, Oracle]) -> None:
