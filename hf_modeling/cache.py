@@ -214,7 +214,7 @@ def adopt_cache(cache: Cache, layer_types: list[str]) -> None:
     """
     all_linear = "full_attention" not in layer_types
     make_lightning: type[LightningCacheLayer] = CountingLightningCacheLayer if all_linear else LightningCacheLayer
-    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+    if not cache.layers and getattr(cache, "layer_class_to_replicate", None) is not None:
         # DynamicCache() without a config would grow a softmax layer at every index.
         cache.layers = [make_lightning() if kind == "linear_attention" else DynamicLayer() for kind in layer_types]
         cache.layer_class_to_replicate = None
