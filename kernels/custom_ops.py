@@ -88,10 +88,10 @@ def lightning_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the initial states: three scans with permuted roles, see ``reference``."""
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     cut = lightning.Cut(segments, segment_offsets, max_segments)
-    carry = _gradients(grads, grad_o, grad_state, (q, k, v), slopes, initial_state, cu_seqlens, cut, precision)
-    return *grads, carry
+    carry = _gradients((dq, dk, dv), grad_o, grad_state, (q, k, v), slopes, initial_state, cu_seqlens, cut, precision)
+    return dq, dk, dv, carry
 
 
 @lightning_backward.register_fake

@@ -424,10 +424,15 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
     name = f"{str(dtype).removeprefix('torch.')} {precision}"
     tiles = {act: choose_tiles(architecture, dtype, dim, precision, act) for act in (False, True)}
     common = {"num_heads": heads, "D": dim, "BD": dim, **_arithmetic(architecture, dtype, precision)}
-    cut = {"slopes_ptr": torch.float32, "segments_ptr": torch.int32, "offsets_ptr": torch.int32}
-    states = {"state_ptr": torch.float32, "state_slot": heads * dim * dim, "null_slot": -1, "starts_ptr": torch.float32}
-    serving = {"slots_ptr": torch.int32, "has_initial_ptr": torch.bool}
-    training = dict.fromkeys(serving)
+    cut: dict[str, Any] = {"slopes_ptr": torch.float32, "segments_ptr": torch.int32, "offsets_ptr": torch.int32}
+    states: dict[str, Any] = {
+        "state_ptr": torch.float32,
+        "state_slot": heads * dim * dim,
+        "null_slot": -1,
+        "starts_ptr": torch.float32,
+    }
+    serving: dict[str, Any] = {"slots_ptr": torch.int32, "has_initial_ptr": torch.bool}
+    training: dict[str, Any] = dict.fromkeys(serving)
 
     def launch(packed: bool) -> dict[str, Any]:
         return {"num_stages": tiles[packed].stages, "matrix_units": dtype == torch.bfloat16}
@@ -463,7 +468,7 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
             **launch(packed),
         )
 
-    fixed = {"REVERSE": False, "TRANSPOSED": False, "STORE": True}
+    fixed: dict[str, Any] = {"REVERSE": False, "TRANSPOSED": False, "STORE": True}
     forms = [
         scan("prefill", serving, **fixed, ACT=True, INITIAL="flags"),
         scan("prefill all", serving, True, **fixed, ACT=True, INITIAL="flags"),
@@ -472,7 +477,7 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
         state("prefill", serving, ACT=True, REVERSE=False),
     ]
     if all_roles:
-        turned = {"TRANSPOSED": True, "STORE": False, "ACT": False, "INITIAL": "always"}
+        turned: dict[str, Any] = {"TRANSPOSED": True, "STORE": False, "ACT": False, "INITIAL": "always"}
         forms += [
             scan("dq", training, REVERSE=False, **turned),
             scan("dk", training, REVERSE=True, **turned),

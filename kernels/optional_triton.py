@@ -6,20 +6,17 @@ Kernel modules import ``triton`` and ``tl`` from here, so that they can be impor
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import SimpleNamespace
 from typing import Any
 
-triton: Any
-tl: Any
+triton: Any = SimpleNamespace(jit=lambda function: function)
+tl: Any = SimpleNamespace(constexpr=object)
 try:
-    import triton
-    import triton.language as tl
-
+    triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")
     HAS_TRITON = True
 except ImportError:
-    triton = SimpleNamespace(jit=lambda function: function)
-    tl = SimpleNamespace(constexpr=object)
     HAS_TRITON = False
 
 #: Read once: Triton decides at the definition of a kernel whether to interpret it.

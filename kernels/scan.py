@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """The Triton kernels of the chunked scan; :mod:`minimax_plugin.kernels.lightning` launches them.
 
 Shapes: ``T`` packed tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences, ``G`` plan segments, ``S`` state slots.

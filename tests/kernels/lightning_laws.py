@@ -398,7 +398,7 @@ def law_gradients(setting: Setting) -> None:
     for n in range(3):
         rows = slice(bounds[n], bounds[n + 1])
         out, final = reference.recurrence_fp64(
-            *(x[rows] for x in exact[:3]), setting.slopes_tensor().cpu(), exact[3][n]
+            exact[0][rows], exact[1][rows], exact[2][rows], setting.slopes_tensor().cpu(), exact[3][n]
         )
         results.append(final)
         grads.append(weight_s.cpu().double()[n])
@@ -425,7 +425,7 @@ def law_gradients_without_states(setting: Setting) -> None:
     found = torch.autograd.grad(o, (q, k, v), weight)
     for n in range(batch):
         exact = [x[n].detach().cpu().double().requires_grad_() for x in (q, k, v)]
-        out, _ = reference.recurrence_fp64(*exact, setting.slopes_tensor().cpu())
+        out, _ = reference.recurrence_fp64(exact[0], exact[1], exact[2], setting.slopes_tensor().cpu())
         for name, a, b in zip(("d_q", "d_k", "d_v"), found, torch.autograd.grad(out.sum(), exact), strict=True):
             assert_close(name, a[n], b, setting.gradient_error)
 
@@ -460,8 +460,9 @@ def law_segment_states_add_up(setting: Setting) -> None:
     initial = setting.states(1)[0]
     prefix = ops.combine_states(torch.stack(states), lengths, slopes, initial)
     for stop, state in zip(cuts, prefix, strict=True):
-        args = (x[:stop].cpu() for x in (q, k, v))
-        _, expected = reference.recurrence_fp64(*args, slopes.cpu(), initial.cpu())
+        _, expected = reference.recurrence_fp64(
+            q[:stop].cpu(), k[:stop].cpu(), v[:stop].cpu(), slopes.cpu(), initial.cpu()
+        )
         assert_close(f"state after {stop} tokens", state, expected, setting.state_error)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -221,28 +222,36 @@ def test_autocast_keeps_the_state_and_the_dtype_of_the_projection() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         qkv = torch.nn.functional.linear(hidden, weight).unflatten(-1, (HEADS, 3 * DIM))
         o, state = ops.lightning_attention_packed(qkv, SLOPES, output_final_state=True)
+    assert state is not None
     assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
     o.float().square().sum().backward()
     assert weight.grad is not None
     assert bool(weight.grad.isfinite().all())
 
 
+def saved_for_backward(run: Callable[[], object]) -> list[Tensor]:
+    saved: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        saved.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        run()
+    return [x for x in saved if x.is_floating_point()]
+
+
 def test_backward_keeps_only_its_inputs() -> None:
     """No chunk states, no decay matrices: the memory of training is that of q, k and v."""
-    saved: list[Tensor] = []
     q, k, v, slopes, _, *rest = forward_arguments(640)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        torch.ops.minimax_plugin.lightning_forward(q, k, v, slopes, None, *rest)
-    sizes = sum(x.numel() for x in saved if x.is_floating_point())
-    assert sizes == 3 * q.numel() + slopes.numel()
+    saved = saved_for_backward(lambda: torch.ops.minimax_plugin.lightning_forward(q, k, v, slopes, None, *rest))
+    assert sum(x.numel() for x in saved) == 3 * q.numel() + slopes.numel()
 
 
 def test_training_on_the_projection_keeps_only_the_projection() -> None:
-    saved: list[Tensor] = []
     qkv = tokens(2, 640, HEADS, 3 * DIM).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        ops.lightning_attention_packed(qkv, SLOPES)
-    assert sum(x.numel() for x in saved if x.is_floating_point()) == qkv.numel() + SLOPES.numel()
+    saved = saved_for_backward(lambda: ops.lightning_attention_packed(qkv, SLOPES))
+    assert sum(x.numel() for x in saved) == qkv.numel() + SLOPES.numel()
 
 
 def test_combine_states_is_differentiable() -> None:
