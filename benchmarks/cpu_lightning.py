@@ -195,8 +195,8 @@ def original_block_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tens
     key_decay = torch.exp(-slope * (ORIGINAL_BLOCK - position[:, None]))
     distance = position[:, None] - position[None, :]
     causal = torch.exp(torch.where(distance >= 0, -slope * distance, float("-inf")))
-    state = torch.zeros(1, q.shape[1], q.shape[3], v.shape[3])
-    out = torch.empty(v.shape, dtype=q.dtype)
+    state = torch.zeros(1, q.shape[1], q.shape[3], v.shape[3], device=q.device)
+    out = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     for start in range(0, q.shape[2], ORIGINAL_BLOCK):
         q_b, k_b, v_b = (x[:, :, start : start + ORIGINAL_BLOCK].contiguous() for x in (q, k, v))
         length = q_b.shape[2]

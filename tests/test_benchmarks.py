@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark scripts run to their end on any machine, and their GPU sections call every implementation rightly."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_cpu_loops_agree_and_are_tabulated(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    table, plot = tmp_path / "table.csv", tmp_path / "plot.png"
+    run_script(
+        "cpu_lightning.py",
+        *("--tokens", "300", "--threads", "1", "--heads", "2", "--head-dim", "32", "--repeats", "3"),
+        *("--csv", str(table), "--plot", str(plot)),
+    )
+    rows = read_csv(table)
+    names = {row["implementation"] for row in rows}
+    assert {"chunk loop (ours)", "original block loop"} <= names
+    for row in rows:
+        assert float(row["error"]) < (1e-6 if row["dtype"] == "fp32" else 6e-3), row
+        assert 0 < float(row["min_ms"]) <= float(row["median_ms"])
+    assert plot.stat().st_size > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the rows are measured")
+def test_kernel_rows_without_a_gpu_say_so(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    output = run_script("kernels.py", "--quick", "--csv", str(table))
+    rows = read_csv(table)
+    assert "0 of ours wrong" in output
+    assert {row["section"] for row in rows} == {"correctness", "prefill", "decode", "verify", "train", "mixer"}
+    for row in rows:
+        if row["section"] == "correctness":
+            assert row["status"] == "right", row
+        else:
+            assert row["status"] == "needs a GPU" or row["status"].startswith("absent: "), row
+
+
+def test_gpu_sections_run_with_the_clock_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that the GPU sections call, on this device and in small, with only the timing replaced."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from benchmarks import kernel_peers, kernel_sections, kernel_timing
+
+    monkeypatch.setattr(kernel_timing, "BEYOND_L2", 1)
+    monkeypatch.setattr(kernel_sections, "HEAD_DIM", 32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peers = [peer for peer in kernel_peers.load_peers({}, on_gpu=False) if peer.name == kernel_peers.ORIGINAL]
+    outputs: dict[tuple[str, str], Any] = {}
+
+    def record(section: str, case: str, name: str, call: Any, floor: int, *, expected: Any = None, **_: Any) -> None:
+        outputs[section, f"{case}, {name}"] = call()
+        assert floor > 0 and torch.isfinite(outputs[section, f"{case}, {name}"]).all()
+        if expected is not None and "silu" not in name:
+            assert kernel_timing.relative_error(outputs[section, f"{case}, {name}"], expected) < 3e-3
+
+    bench: Any = SimpleNamespace(
+        device=device,
+        ready=lambda section, case: True,
+        present=lambda section: [peer for peer in peers if section in peer.sections],
+        time=record,
+    )
+    kernel_sections.time_prefill(bench, "ragged", 2, [5, 70, 130])
+    kernel_sections.time_decode(bench, "batch 3", 2, 3)
+    kernel_sections.time_verify(bench, "batch 3", 2, 3)
+    kernel_sections.time_train(bench, "100 tokens", 2, 100)
+    kernel_sections.time_mixer(bench, "prefill", [20])
+    kernel_sections.time_mixer(bench, "decode", [1] * 3)
+    assert len(outputs) == 4 + 3 + 2 + 4 + 2
+
+
+def test_fast_oracle_is_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from benchmarks import kernel_timing
+    from minimax_plugin.kernels import reference
+
+    q, k, v = torch.randn(3, 150, 2, 16).unbind(0)
+    slopes = torch.tensor([0.917, 4.95e-5])
+    expected = [reference.recurrence_fp64(q[:20], k[:20], v[:20], slopes)[0]]
+    expected.append(reference.recurrence_fp64(q[20:], k[20:], v[20:], slopes)[0])
+    actual = kernel_timing.chunked_fp64(q, k, v, slopes, [0, 20, 20, 150])
+    torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-12, atol=1e-12)
