@@ -73,7 +73,7 @@ def codes_from_layer_types(layer_types: Sequence[str]) -> list[int]:
     Raises:
         ValueError: an entry is not one of the two layer types.
     """
-    code_by_type = {layer_type: code for code, layer_type in LAYER_TYPE_BY_CODE.items()}
+    code_by_type: dict[str, int] = {layer_type: code for code, layer_type in LAYER_TYPE_BY_CODE.items()}
     for layer_idx, layer_type in enumerate(layer_types):
         if layer_type not in code_by_type:
             raise ValueError(f"layer_types[{layer_idx}] is {layer_type!r}, expected one of {sorted(code_by_type)}")
