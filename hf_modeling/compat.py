@@ -9,6 +9,7 @@ from __future__ import annotations
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
     TOKENIZER_MAPPING_NAMES,
@@ -17,8 +18,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 __all__ = [
+    "ALL_PARALLEL_STYLES",
     "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
     "TOKENIZER_MAPPING_NAMES",
+    "TensorParallelLayer",
     "Concatenate",
     "MergeModulelist",
     "OutputRecorder",

@@ -19,6 +19,9 @@ from minimax_plugin.architecture import Architecture, codes_from_layer_types, la
 #: One softmax layer after every seven lightning layers in the released models.
 RELEASED_PERIOD = 8
 
+#: Parallel style of the norm that spans all heads of a lightning layer, registered by :mod:`.parallel`.
+LIGHTNING_NORM_STYLE = "minimax_lightning_norm"
+
 _ALIGNED_FIELDS = ("num_hidden_layers", "rotary_dim")
 
 
@@ -51,16 +54,16 @@ class MiniMaxM1Config(PreTrainedConfig):
     #: RoPE base of the released configuration class, used where config.json states none.
     default_theta = 1_000_000.0
 
-    # Every matrix is split over the ranks. Lightning projections are gathered again, because the norm of a lightning
-    # layer spans all heads; each rank then runs the whole recurrence.
+    # Every matrix is split over the ranks, attention of both kinds by heads.
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
         "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.self_attn.qkv_proj": "colwise_gather_output",
-        "layers.*.self_attn.output_gate": "colwise_gather_output",
-        "layers.*.self_attn.out_proj": "rowwise_split_input",
+        "layers.*.self_attn.qkv_proj": "colwise",
+        "layers.*.self_attn.output_gate": "colwise",
+        "layers.*.self_attn.out_proj": "rowwise",
+        "layers.*.self_attn.norm": LIGHTNING_NORM_STYLE,
         "layers.*.block_sparse_moe.experts.gate_up_proj": "packed_colwise",
         "layers.*.block_sparse_moe.experts.down_proj": "rowwise",
         "layers.*.block_sparse_moe.experts": "moe_tp_experts",

@@ -24,6 +24,7 @@ from minimax_plugin.architecture import LIGHTNING_NORM_EPS, lightning_slopes
 from minimax_plugin.hf_modeling.batch import LightningBatch
 from minimax_plugin.hf_modeling.compat import use_experts_implementation
 from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
+from minimax_plugin.hf_modeling.parallel import HeadShard
 from minimax_plugin.kernels import ops
 
 
@@ -47,11 +48,20 @@ class MiniMaxM1RMSNorm(nn.Module):
 class MiniMaxM1GatedRMSNorm(MiniMaxM1RMSNorm):
     """The norm over all heads of a lightning layer, times ``sigmoid(gate)``.
 
-    A module of its own so that hooks which bring in offloaded weights see the call.
+    A module of its own so that hooks which bring in offloaded weights see the call. ``head_shard`` is set where the
+    heads are split over ranks; the inputs then hold the channels of this rank only.
     """
 
+    head_shard: HeadShard | None = None
+
     def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return ops.gated_rmsnorm(hidden_states, gate, self.weight, self.eps)
+        if self.head_shard is None:
+            return ops.gated_rmsnorm(hidden_states, gate, self.weight, self.eps)
+        shard = self.head_shard
+        weight = shard.take(shard.share_gradient(self.weight))
+        sumsq = shard.sum(hidden_states.float().square().sum(-1))
+        norm_size = self.weight.shape[0]
+        return ops.gated_rmsnorm(hidden_states, gate, weight, self.eps, sumsq=sumsq, norm_size=norm_size)
 
 
 class MiniMaxM1RotaryEmbedding(nn.Module):
@@ -174,13 +184,15 @@ class MiniMaxM1LightningAttention(nn.Module):
         return self.out_proj(self.norm(output.flatten(-2), self.output_gate(hidden_states))), None
 
     def slopes(self, device: torch.device) -> Tensor:
-        """Decay slopes [H] fp32 on ``device``."""
-        if torch.compiler.is_compiling():
+        """Decay slopes of this rank's heads [H] fp32 on ``device``."""
+        if device in self._slopes:
+            return self._slopes[device]
+        values = self.norm.head_shard.take(self.slope_values) if self.norm.head_shard else self.slope_values
+        slopes = torch.tensor(values, dtype=torch.float32, device=device)
+        if not torch.compiler.is_compiling():
             # A tensor made while tracing belongs to the trace and must not be kept.
-            return torch.tensor(self.slope_values, dtype=torch.float32, device=device)
-        if device not in self._slopes:
-            self._slopes[device] = torch.tensor(self.slope_values, dtype=torch.float32, device=device)
-        return self._slopes[device]
+            self._slopes[device] = slopes
+        return slopes
 
 
 class MiniMaxM1TopKRouter(nn.Module):

@@ -40,15 +40,17 @@ def main(path: Path, mode: str, result_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, distributed_config=make_config(mode))
     ids = torch.load(path / "ids.pt")
     with torch.no_grad():
-        logits = full(model.eval()(ids).logits)
+        output = model.eval()(ids)
+        logits = full(output.logits)
+        heads = output.past_key_values.layers[0].recurrent_states[0].shape[1]
     generated = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     loss = model.train()(ids, labels=ids, use_cache=False).loss
     loss.backward()
-    square = sum(full(p.grad).double().square().sum() for p in model.parameters() if p.grad is not None)
+    gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
     local = {name: local_size(parameter) for name, parameter in model.named_parameters()}
     if dist.get_rank() == 0:
-        result = {"logits": logits, "generated": generated, "loss": full(loss).item(), "grad": float(square)}
-        torch.save(result | {"local": local}, result_path)
+        result = {"logits": logits, "generated": generated, "loss": full(loss).item(), "gradients": gradients}
+        torch.save(result | {"local": local, "heads": heads}, result_path)
     dist.barrier()
     dist.destroy_process_group()
 
