@@ -56,7 +56,7 @@ def check_environment(*, probe_vllm: bool = True) -> list[Finding]:
     for check in checks:
         try:
             findings += check()
-        except Exception as error:  # noqa: BLE001 - whatever is broken on this machine is the answer
+        except Exception as error:  # whatever is broken on this machine is the answer
             name = getattr(check, "__name__", "check").removeprefix("check_")
             findings.append(Finding("fault", name, f"{type(error).__name__}: {_one_line(str(error))}"))
     return findings
