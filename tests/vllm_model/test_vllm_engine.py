@@ -136,7 +136,7 @@ def test_torch_compile(checkpoints: dict[str, Path], golden_dir: Path, vllm_cach
 
 
 def test_model_runner_v2(checkpoints: dict[str, Path], golden_dir: Path, vllm_cache: Path) -> None:
-    """The runner that serves GPUs, with its Triton kernels interpreted; prefix cache (hits of 32) and small chunks on."""
+    """The runner that serves GPUs, its Triton kernels interpreted; prefix cache (hits of 32) and small chunks."""
     pytest.importorskip("triton", reason="Triton is not installed")
     cases = golden_case(golden_dir, "a_hybrid8")
     oracle = Oracle.from_dir(checkpoints["a_hybrid8"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -246,21 +247,8 @@ def test_4000_decode_steps_in_bf16(layer_idx: int, tiny_config_of_vllm: Any) -> 
 
 
 def _decode_metadata(slot: int) -> LightningMetadata:
-    return LightningMetadata(
-        num_prefills=0,
-        num_prefill_tokens=0,
-        num_decodes=1,
-        num_decode_tokens=1,
-        num_reqs=1,
-        state_indices_tensor_d=torch.tensor([[slot]], dtype=torch.int32),
-        **dict.fromkeys(
-            (
-                "has_initial_states_p",
-                "query_start_loc_p",
-                "state_indices_tensor_p",
-                "query_start_loc_d",
-                "num_accepted_tokens",
-                "seq_lens",
-            )
-        ),
-    )
+    """One decoding row; fields that differ between releases of vLLM stay empty."""
+    values: dict[str, Any] = {field.name: None for field in fields(LightningMetadata) if field.default is MISSING}
+    values |= {"num_prefills": 0, "num_prefill_tokens": 0, "num_decodes": 1, "num_decode_tokens": 1, "num_reqs": 1}
+    values["state_indices_tensor_d"] = torch.tensor([[slot]], dtype=torch.int32)
+    return LightningMetadata(**values)

@@ -80,7 +80,9 @@ def test_every_released_tensor_reaches_a_parameter(checkpoint_dir: Path, distrib
     assert len(index) == 8_243 and index.keys() == specs.keys()
     weights = ((name, torch.empty(specs[name].shape, dtype=torch.bfloat16, device="meta")) for name in index)
     loaded = _load(model, weights, whole=True)
-    assert loaded == {name for name, _ in model.named_parameters()}
+    # 0.31 reports experts by the name of the module around the one that owns them.
+    names = {name.replace(".routed_experts.", ".") for name in loaded}
+    assert names == {name.replace(".routed_experts.", ".") for name, _ in model.named_parameters()}
     assert sum(parameter.numel() for parameter in model.parameters()) == 456_089_655_296
     router = dict(model.named_parameters())["model.layers.0.block_sparse_moe.gate.weight"]
     assert router.dtype == torch.float32

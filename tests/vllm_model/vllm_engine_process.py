@@ -38,8 +38,11 @@ COMMON_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-#: Environment that makes vLLM take Triton for usable, and with it Model Runner V2, the default on a GPU.
-INTERPRETED_TRITON_ENV = {"TRITON_INTERPRET": "1"}
+#: Environment that runs Model Runner V2, the default on a GPU, with its Triton kernels interpreted.
+INTERPRETED_TRITON_ENV = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+
+#: Set to 1: the engine runs with :func:`use_torch_experts`.
+TORCH_EXPERTS_VARIABLE = "MINIMAX_TEST_TORCH_EXPERTS"
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class EngineProcess:
         return [Completion(**item) for item in self._call("generate", request)]
 
     def facts(self) -> dict[str, Any]:
-        """Preemptions so far, class of the model runner, compilation mode, cache mode, block size."""
+        """Preemptions and accepted drafts so far, module of the runner, compilation mode, cache mode, block size."""
         return self._call("facts", {})
 
     def _call(self, command: str, argument: dict[str, Any]) -> Any:
@@ -109,6 +112,7 @@ class EngineProcess:
             os.write(self._requests, (json.dumps([command, argument]) + "\n").encode())
         reply = self._reader.readline()
         if not reply:
+            self._process.wait(timeout=60)
             self._log.seek(0)
             lines = self._log.read().decode(errors="replace").splitlines()
             raise RuntimeError("the engine process died:\n" + "\n".join(lines[-60:]))
@@ -130,9 +134,42 @@ def pretend_triton_backend() -> None:
     backends["cpu"] = SimpleNamespace(driver=Driver)
 
 
+def use_torch_experts() -> None:
+    """Put plain torch experts in place of vLLM's, whose LoRA path needs kernels that CPU wheels lack."""
+    import torch
+
+    from minimax_plugin.vllm_model import experts
+
+    class TorchExperts(torch.nn.Module):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+            count, hidden, width = (options[key] for key in ("num_experts", "hidden_size", "intermediate_size"))
+            self.top_k = options["top_k"]
+            shapes = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
+            for name, shape in shapes.items():
+                setattr(self, name, torch.nn.Parameter(torch.empty(count, *shape), requires_grad=False))
+
+        def load_weights(self, weights: Any) -> Any:
+            for name, tensor in weights:
+                expert, part = name.split(".")[:2]
+                getattr(self, part).data[int(expert)] = tensor
+                yield part
+
+        def forward(self, hidden: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+            weights, chosen = router_logits.softmax(-1).topk(self.top_k)
+            weights = weights / weights.sum(-1, keepdim=True)
+            gate, up = (torch.einsum("th,tkih->tki", hidden, part[chosen]) for part in (self.w1, self.w3))
+            output = torch.einsum("tki,tkhi->tkh", torch.nn.functional.silu(gate) * up, self.w2[chosen])
+            return (output * weights[..., None]).sum(1)
+
+    experts.FusedMoEFactory = TorchExperts  # type: ignore[assignment]
+
+
 def _serve(requests_fd: int, replies_fd: int) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pretend_triton_backend()
+    if os.environ.get(TORCH_EXPERTS_VARIABLE) == "1":
+        use_torch_experts()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -169,9 +206,10 @@ def _completion(output: Any) -> dict[str, Any]:
 def _facts(llm: Any) -> dict[str, Any]:
     config = llm.llm_engine.vllm_config
     runners = llm.collective_rpc(_runner_module)
-    preemptions = [metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions"]
+    counters = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return {
-        "preemptions": preemptions[0],
+        "preemptions": counters["vllm:num_preemptions"],
+        "accepted_drafts": counters.get("vllm:spec_decode_num_accepted_tokens", 0),
         "runner": runners[0],
         "compilation_mode": int(config.compilation_config.mode),
         "cache_mode": config.cache_config.mamba_cache_mode,
