@@ -44,19 +44,23 @@ def source_tree(target: Path) -> Path:
     return target
 
 
+def build(what: str, target: Path, tree: Path) -> Path:
+    """Call one hook of the build backend in ``tree``, as pip does, and return what it wrote into ``target``."""
+    script = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+    return target / run(sys.executable, "-c", script, what, str(target), cwd=tree).splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, and the wheel built from that sdist as pip does it."""
     pytest.importorskip("setuptools", minversion="77", reason="building needs setuptools 77 or later")
     base = tmp_path_factory.mktemp("build")
     tree = source_tree(base / "tree")
-    build = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
-    sdist = base / run(sys.executable, "-c", build, "build_sdist", str(base), cwd=tree).splitlines()[-1]
+    sdist = build("build_sdist", base, tree)
     with tarfile.open(sdist) as archive:
         archive.extractall(base / "unpacked", filter="data")
     unpacked = next((base / "unpacked").iterdir())
-    wheel = base / run(sys.executable, "-c", build, "build_wheel", str(base), cwd=unpacked).splitlines()[-1]
-    return sdist, wheel
+    return sdist, build("build_wheel", base, unpacked)
 
 
 def python_packages() -> set[str]:
@@ -111,6 +115,18 @@ def test_wheel_holds_one_import_package(distributions: tuple[Path, Path]) -> Non
     assert any(re.fullmatch(r"minimax_plugin/templates/\w+\.jinja", name) for name in names)
     sources = {f"minimax_plugin/{file.relative_to(ROOT / 'minimax_plugin')}" for file in _python_files()}
     assert sources <= set(names), f"not in the wheel: {sorted(sources - set(names))}"
+
+
+def test_wheel_is_whole_where_links_have_become_text(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+    """The .zip archives of hosting sites unpack a link as a text file that holds its target."""
+    tree = source_tree(tmp_path / "tree")
+    for name in LINKED:
+        link = tree / "minimax_plugin" / name
+        target = str(link.readlink())
+        link.unlink()
+        link.write_text(target)
+    wheel = build("build_wheel", tmp_path, tree)
+    assert set(zipfile.ZipFile(distributions[1]).namelist()) <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_sdist_holds_real_files(distributions: tuple[Path, Path]) -> None:
