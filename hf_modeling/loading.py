@@ -52,9 +52,7 @@ class StrictLoadingMixin:
         model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
         architecture = Architecture.from_config(model.config)
-        tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
-        if tp_size:
-            architecture.check_tensor_parallel(tp_size)
+        _check_tensor_parallel(model, architecture)
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         if files and state_dict is None and not load_config.is_quantized:
             needs_head = hasattr(model, "lm_head")
@@ -74,6 +72,19 @@ class StrictLoadingMixin:
             faults = [Fault("weights", f"parameter {key}", "nothing to load", "its values") for key in absent]
             _raise_if(faults, source)
         return loading_info
+
+
+def _check_tensor_parallel(model: Any, architecture: Architecture) -> None:
+    tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+    if not tp_size:
+        return
+    architecture.check_tensor_parallel(tp_size)
+    kv_heads = architecture.num_key_value_heads
+    if kv_heads % tp_size:
+        raise ValueError(
+            f"num_key_value_heads = {kv_heads} is not divisible by the tensor parallel size {tp_size}; transformers "
+            f"keeps no head twice, choose a divisor of {kv_heads}"
+        )
 
 
 def _tensor_faults(

@@ -61,8 +61,22 @@ def test_two_ranks_equal_one(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.slow
-def test_heads_that_do_not_split_are_refused(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model", tiny_config(num_attention_heads=3, num_key_value_heads=1))
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 1},
+            "num_attention_heads = 3 is not divisible by the tensor",
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1},
+            "num_key_value_heads = 1 is not divisible by the tensor",
+        ),
+    ],
+    ids=["heads", "kv-heads"],
+)
+def test_heads_that_do_not_split_are_refused(tmp_path: Path, heads: dict[str, int], message: str) -> None:
+    path = write_checkpoint(tmp_path / "model", tiny_config(**heads))
     torch.save(random_ids(1, 5), path / "ids.pt")
-    with pytest.raises(RuntimeError, match="num_attention_heads = 3 is not divisible by the tensor parallel size 2"):
+    with pytest.raises(RuntimeError, match=message):
         run_two_ranks(path, "tp", tmp_path / "result.pt")
