@@ -173,27 +173,23 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, length = embeds.shape[:2]
 
-        bounds = None
-        if cu_seq_lens_q is not None or (attention_mask is None and past_key_values is None):
-            bounds = find_document_bounds(position_ids, cu_seq_lens_q, batch_size, length)
+        bounds = self._document_bounds(embeds, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
         document_positions = position_ids
         if bounds is not None:
-            if past_key_values is not None:
-                raise ValueError("packed documents cannot continue a cache; pass past_key_values=None")
-            use_cache = False
+            attention_mask, use_cache = None, False
             document_positions = positions_from_bounds(bounds, batch_size, length, embeds.device)
         if cu_seq_lens_q is not None:
             kwargs["cu_seq_lens_q"] = cu_seq_lens_q
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        past_length = 0
         if past_key_values is not None:
             adopt_cache(past_key_values, self.layer_types)
+            past_length = past_key_values.get_seq_length()
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(length, device=embeds.device).unsqueeze(0) + past_length
-            if bounds is not None:
-                position_ids = document_positions
+            positions = torch.arange(length, device=embeds.device).unsqueeze(0) + past_length
+            position_ids = positions if document_positions is None else document_positions
 
         softmax_mask, lightning_mask = self._masks(attention_mask, embeds, past_key_values, document_positions)
         if bounds is not None:
@@ -217,6 +213,26 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
             )
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @staticmethod
+    def _document_bounds(
+        embeds: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        cu_seq_lens: Tensor | None,
+    ) -> list[int] | None:
+        """Bounds of packed documents in the flattened [B * T], None where every row is one document."""
+        if cu_seq_lens is None and (attention_mask is not None or past_key_values is not None):
+            return None
+        bounds = find_document_bounds(position_ids, cu_seq_lens, *embeds.shape[:2])
+        if bounds is None or (past_key_values is None and attention_mask is None):
+            return bounds
+        if past_key_values is not None:
+            raise ValueError("packed documents cannot continue a cache; pass past_key_values=None")
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or not attention_mask.all():
+            raise ValueError("packed documents take no attention_mask; leave padding out of cu_seq_lens_q")
+        return bounds
 
     def _masks(
         self,

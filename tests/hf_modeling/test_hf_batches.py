@@ -117,12 +117,14 @@ def test_any_padding_in_any_chunks(pair: tuple[PreTrainedModel, Oracle], data: s
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both"])
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens", "both", "cu_seq_lens-and-full-mask"])
 def test_packed_documents_do_not_see_each_other(pair: tuple[PreTrainedModel, Oracle], how: str, training: bool) -> None:
     model, oracle = pair
     rows = [random_ids(1, n, seed=n)[0].tolist() for n in (30, 5, 1, 70)]
     inputs: dict[str, Tensor] = {"input_ids": torch.tensor([sum(rows, [])])}
-    if how != "cu_seq_lens":
+    if how == "cu_seq_lens-and-full-mask":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if how in ("position_ids", "both"):
         inputs["position_ids"] = torch.cat([torch.arange(len(row)) for row in rows])[None]
     if how != "position_ids":
         inputs["cu_seq_lens_q"] = torch.tensor([0, 30, 35, 36, 106], dtype=torch.int32)
@@ -160,9 +162,17 @@ def test_packed_documents_with_a_cache_are_refused(pair: tuple[PreTrainedModel, 
     [
         ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"attention_mask has shape \(2, 1, 6, 6\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "expected one row"),
+        (
+            {
+                "input_ids": random_ids(1, 6),
+                "cu_seq_lens_q": torch.tensor([0, 3, 6]),
+                "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]]),
+            },
+            "packed documents take no attention_mask",
+        ),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
     ],
-    ids=["4d-mask", "cu_seq_lens-of-a-batch", "no-input"],
+    ids=["4d-mask", "cu_seq_lens-of-a-batch", "cu_seq_lens-and-padding", "no-input"],
 )
 def test_contradicting_inputs_are_refused(
     pair: tuple[PreTrainedModel, Oracle], inputs: dict[str, Tensor | None], message: str
