@@ -11,7 +11,13 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-triton: Any = SimpleNamespace(jit=lambda function: function)
+
+def _define_only(function: Any = None, **_options: Any) -> Any:
+    """What ``triton.jit`` does without Triton: keep the function, with or without options."""
+    return function if function is not None else _define_only
+
+
+triton: Any = SimpleNamespace(jit=_define_only)
 tl: Any = SimpleNamespace(constexpr=object)
 try:
     triton, tl = importlib.import_module("triton"), importlib.import_module("triton.language")

@@ -14,10 +14,13 @@ no autotuning, so equal inputs give equal bits.
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 from minimax_plugin.kernels.recurrent import decay_minus_one
 
+#: Small integer tensors may start anywhere in a larger one; their alignment must not compile the kernels anew.
+INDEX_POINTERS = ["segments_ptr", "offsets_ptr", "slots_ptr", "has_initial_ptr"]
+
 LOG2E = tl.constexpr(1.4426950408889634) if HAS_TRITON else 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sumsq_block"], do_not_specialize_on_alignment=[*INDEX_POINTERS, "checkpoints_ptr"])
 def chunk_scan_kernel(
     q_ptr,
     k_ptr,
@@ -125,7 +128,7 @@ def chunk_scan_kernel(
             tl.store(checkpoint_base + tile, state, mask=inside & (dims * 0 + checkpoint > null_slot)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDEX_POINTERS[:3])
 def segment_state_kernel(
     k_ptr,
     v_ptr,
@@ -188,7 +191,7 @@ def segment_state_kernel(
     tl.store(base + rows[:, None] * D + columns[None, :], state, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDEX_POINTERS)
 def segment_scan_kernel(
     starts_ptr,
     state_ptr,

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -97,3 +100,18 @@ def test_a_forced_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPat
         ops.lightning_backend(torch.device("cpu"))
     monkeypatch.setenv("MINIMAX_LIGHTNING_BACKEND", "torch")
     assert ops.lightning_backend(torch.device("cuda")) == "torch"
+
+
+def test_everything_imports_and_runs_without_triton() -> None:
+    """Also a module of kernels only, whose decorators then do nothing."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from minimax_plugin.kernels import lightning, norm, ops, recurrent, replay, scan\n"
+        "assert not lightning.HAS_TRITON\n"
+        "q = torch.ones(3, 1, 16)\n"
+        "o, _ = ops.lightning_attention(q, q, q, torch.tensor([0.5]))\n"
+        "print(tuple(o.shape))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "(3, 1, 16)", run.stderr
