@@ -38,5 +38,12 @@ def test_the_model_gives_the_goldens_through_the_interpreter(golden_dir: Path) -
 
 
 @pytest.mark.slow
+def test_vllm_gives_the_goldens_through_the_interpreter(golden_dir: Path) -> None:
+    """Model Runner V2, whose own kernels are interpreted too."""
+    pytest.importorskip("vllm")
+    run_interpreted("../vllm_model/test_vllm_engine.py", "-k", "model_runner_v2")
+
+
+@pytest.mark.slow
 def test_far_offsets_in_the_interpreter() -> None:
     run_interpreted("far_offset_cases.py")
