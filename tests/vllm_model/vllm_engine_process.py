@@ -8,6 +8,7 @@ takes most of the time of a test. So each configuration gets one process that se
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -122,9 +123,18 @@ class EngineProcess:
 def pretend_triton_backend() -> None:
     """List a CPU backend for Triton, whose absence is why vLLM leaves Triton off without a GPU.
 
-    With ``TRITON_INTERPRET=1`` no backend is ever used: kernels run in Triton's interpreter.
+    With ``TRITON_INTERPRET=1`` no backend is ever used: kernels run in Triton's interpreter. 0.31 also asks for the
+    version of the distribution ``vllm``, which the CPU wheel does not have.
     """
     from triton.backends import backends
+
+    def version(distribution_name: str) -> str:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return find_version(distribution_name)
+        return find_version(f"{distribution_name}-cpu") + "+cpu"
+
+    find_version = importlib.metadata.version
+    importlib.metadata.version = version
 
     class Driver:
         @staticmethod
@@ -145,9 +155,10 @@ def use_torch_experts() -> None:
             super().__init__()
             count, hidden, width = (options[key] for key in ("num_experts", "hidden_size", "intermediate_size"))
             self.top_k = options["top_k"]
-            shapes = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
-            for name, shape in shapes.items():
-                setattr(self, name, torch.nn.Parameter(torch.empty(count, *shape), requires_grad=False))
+            self.w1, self.w2, self.w3 = (
+                torch.nn.Parameter(torch.empty(count, *shape), requires_grad=False)
+                for shape in ((width, hidden), (hidden, width), (width, hidden))
+            )
 
         def load_weights(self, weights: Any) -> Any:
             for name, tensor in weights:
@@ -162,7 +173,7 @@ def use_torch_experts() -> None:
             output = torch.einsum("tki,tkhi->tkh", torch.nn.functional.silu(gate) * up, self.w2[chosen])
             return (output * weights[..., None]).sum(1)
 
-    experts.FusedMoEFactory = TorchExperts  # type: ignore[assignment]
+    experts.FusedMoEFactory = TorchExperts
 
 
 def _serve(requests_fd: int, replies_fd: int) -> None:
