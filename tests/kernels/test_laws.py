@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lightning_laws import Setting, parametrize_laws
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning_laws import SLOWEST, Setting, assert_close, oracle, parametrize_laws, prefill
+from torch import Tensor
 
 SETTINGS = {
     "fp32": Setting(),
@@ -21,3 +24,37 @@ SETTINGS = {
 def test_law(law: Callable[[Setting], None], setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIMAX_LIGHTNING_BACKEND", "torch")
     law(setting)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(0, 150), max_size=3),
+    slope=st.floats(1e-5, 4.0),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=30)
+def test_any_schedule_of_pieces_gives_the_recurrence(
+    lengths: list[int], cuts: list[int], slope: float, seed: int
+) -> None:
+    """Several sequences prefilled in steps: each step brings a piece of some of them, in packed batches."""
+    setting = Setting(head_dim=16, slopes=(slope, SLOWEST))
+    qkv = [setting.qkv(length, seed=seed + n) for n, length in enumerate(lengths)]
+    pool, done = setting.states(len(lengths)), [0] * len(lengths)
+    outs: list[list[Tensor]] = [[] for _ in lengths]
+    for border in [*sorted(cuts), 150]:
+        pieces = [x[a : min(border, len(x))] for x, a in zip(qkv, done, strict=True)]
+        sizes = tuple(len(piece) for piece in pieces)
+        first = [a > 0 for a in done]
+        run = prefill(
+            setting, torch.cat(pieces), pool, sizes, list(range(len(lengths))), has_initial=first, computed=done
+        )
+        pool = run.pool
+        for out, piece in zip(outs, run.out.split(list(sizes)), strict=True):
+            out.append(piece)
+        done = [a + size for a, size in zip(done, sizes, strict=True)]
+    for n, (x, out) in enumerate(zip(qkv, outs, strict=True)):
+        if not len(x):
+            continue
+        expected, final = oracle(setting, x)
+        assert_close("output", torch.cat(out), expected, setting.output_error)
+        assert_close("state", pool[n], final, setting.state_error)
