@@ -45,12 +45,13 @@ OURS, ORIGINAL, IN_TREE = "chunk loop (ours)", "original block loop", "transform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-Loop = Callable[[], Tensor]
+#: Returns the outputs [T, H, D] and the final state [H, D, D].
+Loop = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; times in milliseconds, ``error`` relative in the 2-norm."""
+    """One line of the table; times in milliseconds, errors relative in the 2-norm."""
 
     machine: str
     torch: str
@@ -64,7 +65,8 @@ class Row:
     min_ms: float
     median_ms: float
     median_over_ours: float
-    error: float
+    output_error: float
+    state_error: float
 
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
@@ -76,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     for tokens in args.tokens:
         for dtype in args.dtypes:
             q, k, v, slopes = make_inputs(tokens, args.heads, args.head_dim, DTYPES[dtype])
-            expected, _ = reference.recurrence_fp64(q, k, v, slopes)
+            expected = reference.recurrence_fp64(q, k, v, slopes)
             candidates = loops(q, k, v, slopes)
-            errors = {name: _relative_error(run(), expected) for name, run in candidates.items()}
+            errors = {name: _relative_errors(run(), expected) for name, run in candidates.items()}
             modes = BF16_MODES if dtype == "bf16" and has_bf16_dots() else BF16_MODES[:1]
             for mode, threads in itertools.product(modes, args.threads):
                 torch.set_num_threads(threads)
@@ -101,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
                             min_ms=round(min(samples), 2),
                             median_ms=round(median, 2),
                             median_over_ours=round(median / ours, 2),
-                            error=float(f"{errors[name]:.2e}"),
+                            output_error=errors[name][0],
+                            state_error=errors[name][1],
                         )
                     )
                     print(format_row(rows[-1]), flush=True)
@@ -161,7 +164,7 @@ def make_inputs(tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> t
 
 
 def loops(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> dict[str, Loop]:
-    """The implementations found here, each a call that returns [T, H, D]; what they precompute is not timed."""
+    """The implementations found here, what they precompute beforehand is not timed."""
     candidates: dict[str, Loop] = {
         OURS: lambda: chunk_loop(q, k, v, slopes),
         ORIGINAL: lambda: original_block_loop(q, k, v, slopes),
@@ -174,15 +177,15 @@ def loops(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> dict[str, Loop]:
     return candidates
 
 
-def chunk_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+def chunk_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """The loop that serves CPUs, from a zero state and with its decay table made anew."""
     state = torch.zeros(q.shape[1], q.shape[2], v.shape[2])
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     reference.chunk_scan(q, k, v, state, out, reference.DecayTable(slopes))
-    return out
+    return out, state
 
 
-def original_block_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+def original_block_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
     """The algorithm of the released module: blocks of 256 tokens, decays in fp32, state in fp32.
 
     Its roundings for a lower dtype are kept: scores are taken in the input dtype and widened, and the update of the
@@ -205,7 +208,7 @@ def original_block_loop(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tens
         out[:, :, start : start + length] = history + torch.matmul(scores, v_b.float())
         decayed = (k_b * key_decay[:, -length:]).transpose(-1, -2).to(v_b.dtype)
         state = torch.exp(-slope * length) * state + torch.matmul(decayed, v_b)
-    return out.squeeze(0).transpose(0, 1)
+    return out.squeeze(0).transpose(0, 1), state.squeeze(0)
 
 
 def measure_in_turns(candidates: dict[str, Loop], seconds: float, repeats: int) -> dict[str, list[float]]:
@@ -231,7 +234,7 @@ def format_row(row: Row) -> str:
     return (
         f"{row.dtype} {row.bf16:12s} {row.tokens:6d} tokens {row.threads} thread{'s' if row.threads > 1 else ' '} "
         f"{row.implementation:22s} min {row.min_ms:9.2f} ms  median {row.median_ms:9.2f} ms  "
-        f"{row.median_over_ours:6.2f} x ours  error {row.error:.1e}"
+        f"{row.median_over_ours:6.2f} x ours  error {row.output_error:.1e}, state {row.state_error:.1e}"
     )
 
 
@@ -297,11 +300,11 @@ def _in_tree_loop(q: Tensor, k: Tensor, v: Tensor) -> Loop | None:
     layer.qkv_proj = layer.act_fn = layer.norm = layer.out_proj = torch.nn.Identity()
     layer.output_gate = _Constant(gate)
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            output, _ = layer(hidden, position_embeddings=None, attention_mask=None)
+            output, state = layer(hidden, position_embeddings=None, attention_mask=None)
         # The gate of zeros halves the output; doubling it again is exact.
-        return (output * 2).reshape(tokens, heads, head_dim)
+        return (output * 2).reshape(tokens, heads, head_dim), state.squeeze(0)
 
     return run
 
@@ -315,8 +318,9 @@ class _Constant(torch.nn.Module):
         return self.value
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected).norm() / expected.norm())
+def _relative_errors(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[float]:
+    pairs = zip(actual, expected, strict=True)
+    return [float(f"{float((x.double() - exact).norm() / exact.norm()):.2e}") for x, exact in pairs]
 
 
 def _cpus() -> set[int] | range:

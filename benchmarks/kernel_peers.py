@@ -80,12 +80,12 @@ def load_peers(paths: dict[str, Path | None], *, on_gpu: bool) -> list[Peer]:
 
 def _prefill_original(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: Sequence[int]) -> Call:
     parts = list(zip(bounds, bounds[1:], strict=False))
-    return lambda: torch.cat([original_block_loop(q[a:b], k[a:b], v[a:b], slopes) for a, b in parts])
+    return lambda: torch.cat([original_block_loop(q[a:b], k[a:b], v[a:b], slopes)[0] for a, b in parts])
 
 
 def _train_original(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Call:
     # In-place writes into a fresh tensor are differentiable, so the loop trains as the released module does.
-    return lambda: original_block_loop(q[0], k[0], v[0], slopes).unsqueeze(0)
+    return lambda: original_block_loop(q[0], k[0], v[0], slopes)[0].unsqueeze(0)
 
 
 def _load_fla(path: Path | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Shapes: ``T`` packed tokens, ``N`` sequences, ``H`` heads, ``D`` head_dim. 8 hea
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernel_timing as timing
-from benchmarks.kernel_peers import Call
+from benchmarks.kernel_peers import Call, Decode
 from benchmarks.kernel_timing import HEAD_DIM
 from minimax_plugin.architecture import lightning_slopes
 from minimax_plugin.kernels import ops, replay
@@ -98,12 +99,19 @@ def time_decode(bench: Bench, case: str, heads: int, batch: int) -> None:
         calls[f"{OURS}, replay {chunk}"] = timing.replay_step(qkv, slopes, slots, out, chunk)
     for peer in bench.present("decode"):
         assert peer.decode is not None
-        calls[peer.name] = lambda pool, start=peer.decode: start(q, k, v, slopes, pool, slots)
+        calls[peer.name] = functools.partial(_peer_decode, peer.decode, (q, k, v), slopes, slots)
     floor = batch * heads * (2 * STATE_BYTES + PREFILL_BYTES)
     # More pools than the L2 cache holds, so that every step finds its states in memory, as 70 layers do.
     pools = timing.rotated_pools(batch, heads, HEAD_DIM, bench.device)
     for name, make in calls.items():
         bench.time("decode", case, name, timing.Rotation([make(pool) for pool in pools]), floor, graph=True)
+
+
+def _peer_decode(
+    start: Decode, qkv: tuple[Tensor, Tensor, Tensor], slopes: Tensor, slots: Tensor, pool: Tensor
+) -> Call:
+    q, k, v = qkv
+    return start(q, k, v, slopes, pool, slots)
 
 
 def verify(bench: Bench, quick: bool) -> None:

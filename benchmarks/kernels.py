@@ -23,8 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-# As a script this file would be importable as `kernels` and shadow the Hugging Face package of that name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    # In its own folder this file would be importable as `kernels` and shadow the Hugging Face package of that name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -81,8 +82,8 @@ class Bench:
         name: str,
         call: Call,
         floor: int,
-        expected: Tensor | None,
         *,
+        expected: Tensor | None = None,
         graph: bool = False,
     ) -> None:
         """Time ``call``, that must move ``floor`` bytes; a peer that fails has its row say so."""
@@ -170,22 +171,21 @@ def correctness(bench: Bench) -> None:
                 f"prefill {label} state", f"{OURS}, {precision}", timing.relative_error(pool, final), state_bound
             )
         check_decode(bench, label, qkv[: lengths[4] + 1], slopes, states[0], bound)
-        check_gradients(bench, label, *(x[:200].unsqueeze(0) for x in (q, k, v)), slopes, gradient_bound)
+        check_gradients(bench, label, qkv[:200].unsqueeze(0), slopes, gradient_bound)
         if bench.device.type == "cuda" and dtype == torch.bfloat16:
             # From zero states, which is all that some peers know, and from the fifth sequence on, since none is empty.
             first = bounds[4]
             shifted = [bound - first for bound in bounds[4:]]
             exact_out = timing.chunked_fp64(q[first:], k[first:], v[first:], slopes, shifted)
-            check_peers(bench, [x[first:] for x in (q, k, v)], slopes, shifted, exact_out, bound)
+            check_peers(bench, qkv[first:], slopes, shifted, exact_out, bound)
 
 
-def check_peers(
-    bench: Bench, qkv: list[Tensor], slopes: Tensor, bounds: list[int], expected: Tensor, bound: float
-) -> None:
+def check_peers(bench: Bench, qkv: Tensor, slopes: Tensor, bounds: list[int], expected: Tensor, bound: float) -> None:
+    q, k, v = qkv.chunk(3, dim=-1)
     for peer in bench.present("prefill"):
         assert peer.prefill is not None
         try:
-            error = timing.relative_error(peer.prefill(*qkv, slopes, bounds)(), expected)
+            error = timing.relative_error(peer.prefill(q, k, v, slopes, bounds)(), expected)
         # Peers raise what they like; the table goes on.
         except Exception as failure:
             bench.add("correctness", "prefill bf16", peer.name, f"failed: {type(failure).__name__}")
@@ -196,7 +196,8 @@ def check_peers(
 def check_decode(bench: Bench, label: str, qkv: Tensor, slopes: Tensor, state: Tensor, bound: float) -> None:
     """Decode, verify and replay of one sequence in slot 1, beside a padding row."""
     steps = min(qkv.shape[0], 70)
-    expected, final = reference.recurrence_fp64(*qkv[:steps].chunk(3, dim=-1), slopes, state)
+    q, k, v = qkv[:steps].chunk(3, dim=-1)
+    expected, final = reference.recurrence_fp64(q, k, v, slopes, state)
     pool = torch.stack([torch.full_like(state, float("nan")), state])
     slots = torch.tensor([1, -1], dtype=torch.int32, device=bench.device)
     out = torch.empty(steps, 2, *state.shape[:2], dtype=qkv.dtype, device=bench.device)
@@ -256,15 +257,15 @@ def make_replay(qkv: Tensor, slopes: Tensor, state: Tensor, chunk: int) -> Repla
     return ReplayCase(slopes, state[None].clone(), ring, ring.clone(), chunk, zero, zero.clone())
 
 
-def check_gradients(bench: Bench, label: str, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bound: float) -> None:
-    grad = torch.randn_like(v, memory_format=torch.contiguous_format)
-    exact = [x[0].double().detach().requires_grad_() for x in (q, k, v)]
-    reference.recurrence_fp64(*exact, slopes)[0].backward(grad[0].double())
-    ours = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    ops.lightning_attention(*ours, slopes)[0].backward(grad)
-    for name, mine, theirs in zip("qkv", ours, exact, strict=True):
-        assert mine.grad is not None and theirs.grad is not None
-        bench.check(f"gradient of {name} {label}", OURS, timing.relative_error(mine.grad[0], theirs.grad), bound)
+def check_gradients(bench: Bench, label: str, qkv: Tensor, slopes: Tensor, bound: float) -> None:
+    q, k, v = (x.clone().requires_grad_() for x in qkv.chunk(3, dim=-1))
+    q_exact, k_exact, v_exact = (x[0].detach().double().requires_grad_() for x in (q, k, v))
+    grad = torch.randn_like(v)
+    reference.recurrence_fp64(q_exact, k_exact, v_exact, slopes)[0].backward(grad[0].double())
+    ops.lightning_attention(q, k, v, slopes)[0].backward(grad)
+    for name, ours, exact in (("q", q, q_exact), ("k", k, k_exact), ("v", v, v_exact)):
+        assert ours.grad is not None and exact.grad is not None
+        bench.check(f"gradient of {name} {label}", OURS, timing.relative_error(ours.grad[0], exact.grad), bound)
 
 
 def format_row(row: Row) -> str:

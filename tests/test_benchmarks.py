@@ -7,7 +7,6 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +39,8 @@ def test_cpu_loops_agree_and_are_tabulated(tmp_path: Path) -> None:
     names = {row["implementation"] for row in rows}
     assert {"chunk loop (ours)", "original block loop"} <= names
     for row in rows:
-        assert float(row["error"]) < (1e-6 if row["dtype"] == "fp32" else 6e-3), row
+        for error in ("output_error", "state_error"):
+            assert float(row[error]) < (1e-6 if row["dtype"] == "fp32" else 8e-3), row
         assert 0 < float(row["min_ms"]) <= float(row["median_ms"])
     assert plot.stat().st_size > 1000
 
@@ -62,33 +62,31 @@ def test_kernel_rows_without_a_gpu_say_so(tmp_path: Path) -> None:
 def test_gpu_sections_run_with_the_clock_taken_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that the GPU sections call, on this device and in small, with only the timing replaced."""
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    from benchmarks import kernel_peers, kernel_sections, kernel_timing
+    from benchmarks import kernel_peers, kernel_sections, kernel_timing, kernels
 
+    outputs = []
+
+    def measure(call: Any, *, graph: bool = False) -> Any:
+        outputs.append(call())
+        return kernel_timing.Timed(us=1.0, peak_mib=0.0, launches=1)
+
+    monkeypatch.setattr(kernel_timing, "measure", measure)
     monkeypatch.setattr(kernel_timing, "BEYOND_L2", 1)
     monkeypatch.setattr(kernel_sections, "HEAD_DIM", 32)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(kernels.Bench, "ready", lambda *_: True)
     peers = [peer for peer in kernel_peers.load_peers({}, on_gpu=False) if peer.name == kernel_peers.ORIGINAL]
-    outputs: dict[tuple[str, str], Any] = {}
-
-    def record(section: str, case: str, name: str, call: Any, floor: int, *, expected: Any = None, **_: Any) -> None:
-        outputs[section, f"{case}, {name}"] = call()
-        assert floor > 0 and torch.isfinite(outputs[section, f"{case}, {name}"]).all()
-        if expected is not None and "silu" not in name:
-            assert kernel_timing.relative_error(outputs[section, f"{case}, {name}"], expected) < 3e-3
-
-    bench: Any = SimpleNamespace(
-        device=device,
-        ready=lambda section, case: True,
-        present=lambda section: [peer for peer in peers if section in peer.sections],
-        time=record,
-    )
+    bench = kernels.Bench(torch.device("cpu"), peers)
     kernel_sections.time_prefill(bench, "ragged", 2, [5, 70, 130])
     kernel_sections.time_decode(bench, "batch 3", 2, 3)
     kernel_sections.time_verify(bench, "batch 3", 2, 3)
     kernel_sections.time_train(bench, "100 tokens", 2, 100)
     kernel_sections.time_mixer(bench, "prefill", [20])
     kernel_sections.time_mixer(bench, "decode", [1] * 3)
-    assert len(outputs) == 4 + 3 + 2 + 4 + 2
+    assert len(outputs) == len(bench.rows) == 4 + 3 + 2 + 4 + 2
+    assert all(torch.isfinite(out).all() for out in outputs)
+    assert {row.status for row in bench.rows} == {"measured"}
+    prefill = [row for row in bench.rows if row.error is not None]
+    assert len(prefill) == 4 and all(row.error < 5e-3 for row in prefill if row.error is not None)
 
 
 def test_fast_oracle_is_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
