@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """RMSNorm over all heads and the sigmoid gate in one pass, and the form that shares the all-reduce of the projection.
 
 Shapes: ``T`` rows, ``W`` channels of this rank (its heads times head_dim), ``M`` hidden size.

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """Lightning attention token by token in Triton: decode, and the verification of drafted tokens.
 
 Shapes: ``T`` packed tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences, ``Q`` most tokens of one sequence,

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """Decode that replays a short tail of keys and values over a state that is rarely written.
 
 Shapes: ``T`` packed tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences, ``S`` state slots, ``C`` chunk,

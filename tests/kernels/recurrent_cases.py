@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """What the decode, verify, replay and norm kernels must do, wherever they run.
 
 ``test_recurrent_interpreter.py`` runs this file in a process of its own with ``TRITON_INTERPRET=1``,
@@ -118,7 +119,8 @@ def test_decode_reads_any_strides_and_a_null_slot_of_zero() -> None:
     slots = slot_tensor(2, 0, 1)
     recurrent.decode(qkv, slopes(), states, slots, out, sumsq, activation="", null_slot=0)
     recurrent.decode(wide[0], slopes(), strided, slots, out_strided, sumsq_strided, activation="", null_slot=0)
-    assert torch.equal(out, out_strided) and torch.equal(states, strided) and torch.equal(sumsq, sumsq_strided)
+    assert sumsq is not None and torch.equal(sumsq, sumsq_strided)
+    assert torch.equal(out, out_strided) and torch.equal(states, strided)
     assert not out[1].any()
 
 
