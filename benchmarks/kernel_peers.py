@@ -142,7 +142,7 @@ def _vllm_from_file(path: Path) -> ModuleType:
     import triton.language
 
     stubs: dict[str, Any] = {
-        "vllm.platforms": SimpleNamespace(current_platform=SimpleNamespace(is_device_capability=lambda *_: False)),
+        "vllm.platforms": SimpleNamespace(current_platform=SimpleNamespace(is_cuda=lambda: False)),
         "vllm.triton_utils": SimpleNamespace(tl=triton.language, triton=triton),
         "vllm.v1.attention.backends.utils": SimpleNamespace(PAD_SLOT_ID=-1),
     }
