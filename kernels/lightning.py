@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels.launch_config import LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, INTERPRETED
 from minimax_plugin.kernels.scan import chunk_scan_kernel, segment_scan_kernel, segment_state_kernel
 
@@ -243,6 +243,7 @@ class _Launch:
                 **tile,
                 ALL=keep_last,
                 num_warps=_segment_warps(self.head_dim),
+                **LAUNCH_OPTIONS,
                 num_stages=self.tiles.stages,
             )
             segment_scan_kernel[((self.cut.offsets.shape[0] - 1) * self.num_heads * _scan_blocks(self.head_dim),)](
@@ -262,6 +263,7 @@ class _Launch:
                 INITIAL=self.pool.initial,
                 ALL=keep_last,
                 num_warps=SCAN_WARPS,
+                **LAUNCH_OPTIONS,
             )
         return starts
 
@@ -322,6 +324,7 @@ class _Launch:
                 INITIAL=self.pool.initial,
                 STORE=store,
                 num_warps=self.tiles.warps,
+                **LAUNCH_OPTIONS,
                 num_stages=self.tiles.stages,
             )
         if sumsq is not None and partial is not None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minimax_plugin.kernels.dispatch import lightning_backend
-from minimax_plugin.kernels.launch_config import LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634) if HAS_TRITON else 1.4426950408889634
@@ -62,6 +62,7 @@ def gated_rmsnorm(o: Tensor, gate: Tensor, weight: Tensor, eps: float, sumsq: Te
         EPS=eps,
         BLOCK=block,
         num_warps=warps,
+        **LAUNCH_OPTIONS,
     )
     return out
 
@@ -193,6 +194,7 @@ def _gate_before_norm(o: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, 
         EPS=0.0,
         BLOCK=block,
         num_warps=warps,
+        **LAUNCH_OPTIONS,
     )
     return out, sumsq
 

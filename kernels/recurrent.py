@@ -14,7 +14,7 @@ in any batch. The rules of :mod:`minimax_plugin.kernels.lightning` on 16-bit ari
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels.launch_config import LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634) if HAS_TRITON else 1.4426950408889634
@@ -61,6 +61,7 @@ def decode(
         ACT=activation == "silu",
         **constants,
         num_warps=warps,
+        **LAUNCH_OPTIONS,
     )
 
 
@@ -113,6 +114,7 @@ def verify(
         ACT=activation == "silu",
         **constants,
         num_warps=warps,
+        **LAUNCH_OPTIONS,
     )
 
 

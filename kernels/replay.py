@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minimax_plugin.kernels import checks, reference
 from minimax_plugin.kernels.dispatch import lightning_backend
-from minimax_plugin.kernels.launch_config import LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 from minimax_plugin.kernels.recurrent import decay_minus_one, load_activated, state_step, store_row
 
@@ -271,6 +271,7 @@ def launch(
         ACT=activation == "silu",
         **constants,
         num_warps=warps,
+        **LAUNCH_OPTIONS,
     )
 
 

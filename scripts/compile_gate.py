@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from minimax_plugin.kernels.launch_config import ARCHITECTURES, LaunchConfig
+from minimax_plugin.kernels.launch_config import ARCHITECTURES, LAUNCH_OPTIONS, LaunchConfig
 
 MODULES = tuple(f"minimax_plugin.kernels.{name}" for name in ("lightning", "recurrent", "replay", "norm"))
 
@@ -169,7 +169,7 @@ def compile_config(config: LaunchConfig, architecture: str) -> Any:
         target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", architecture, 64)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages} | LAUNCH_OPTIONS
     return triton.compile(source, target=target, options=options)
 
 
