@@ -17,8 +17,24 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+# transformers 5.16 runs the experts of each rank on all tokens and adds up; later ones send tokens to their experts.
+# The gradients of 5.16 are wrong, those of its own Mixtral by a third; its logits are right.
+EXPERT_PARALLEL_TRAINS = "ep_dispatch_experts" in ALL_PARALLEL_STYLES
+
+_MOE = "layers.*.block_sparse_moe"
+EXPERT_PARALLEL_PLAN = {
+    f"{_MOE}.experts.gate_up_proj": "grouped_gemm",
+    f"{_MOE}.experts.down_proj": "grouped_gemm",
+}
+if EXPERT_PARALLEL_TRAINS:
+    EXPERT_PARALLEL_PLAN |= {f"{_MOE}.experts": "ep_dispatch_experts"}
+else:
+    EXPERT_PARALLEL_PLAN |= {f"{_MOE}.gate": "ep_router", f"{_MOE}.experts": "moe_tp_experts"}
+
 __all__ = [
     "ALL_PARALLEL_STYLES",
+    "EXPERT_PARALLEL_PLAN",
+    "EXPERT_PARALLEL_TRAINS",
     "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
     "TOKENIZER_MAPPING_NAMES",
     "TensorParallelLayer",

@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from minimax_plugin.architecture import Architecture, codes_from_layer_types, layer_types_from_codes
+from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_PLAN
 
 #: One softmax layer after every seven lightning layers in the released models.
 RELEASED_PERIOD = 8
@@ -71,11 +72,7 @@ class MiniMaxM1Config(PreTrainedConfig):
         "layers.*.shared_mlp.up_proj": "colwise",
         "layers.*.shared_mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
-        "layers.*.block_sparse_moe.experts.gate_up_proj": "grouped_gemm",
-        "layers.*.block_sparse_moe.experts.down_proj": "grouped_gemm",
-        "layers.*.block_sparse_moe.experts": "ep_dispatch_experts",
-    }
+    base_model_ep_plan = EXPERT_PARALLEL_PLAN
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

@@ -204,7 +204,8 @@ class MiniMaxM1TopKRouter(nn.Module):
     def __init__(self, config: MiniMaxM1Config) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_local_experts, config.hidden_size, dtype=torch.float32))
+        self.num_experts = config.num_local_experts
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[P, hidden]`` -> logits [P, E] fp32, weights [P, K] fp32, expert indices [P, K]."""

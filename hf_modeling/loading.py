@@ -7,6 +7,7 @@ is truncated.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,9 @@ from minimax_plugin.checkpoint import (
     check_files,
     read_safetensors_header,
 )
+from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_TRAINS
+
+logger = logging.getLogger(__name__)
 
 #: Dtypes that hold plain weights. Anything else needs a quantisation config that says how to read it.
 PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
@@ -75,7 +79,12 @@ class StrictLoadingMixin:
 
 
 def _check_tensor_parallel(model: Any, architecture: Architecture) -> None:
-    tp_size = getattr(getattr(model.config, "distributed_config", None), "tp_size", None)
+    distributed_config = getattr(model.config, "distributed_config", None)
+    if getattr(distributed_config, "enable_expert_parallel", False) and not EXPERT_PARALLEL_TRAINS:
+        logger.warning(
+            "expert parallelism of this transformers release gives wrong gradients; use it for inference only"
+        )
+    tp_size = getattr(distributed_config, "tp_size", None)
     if not tp_size:
         return
     architecture.check_tensor_parallel(tp_size)
