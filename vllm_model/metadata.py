@@ -100,6 +100,11 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         self, kv_cache_spec: MambaSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if compat.forgets_accepted_drafts(vllm_config):
+            raise ValueError(
+                "speculative decoding would give wrong tokens here: Model Runner V1 of this vLLM forgets how many "
+                "drafts were accepted when a step has none; upgrade to vLLM 0.32 or leave --speculative-config out"
+            )
         self._layers = vllm_config.compilation_config.static_forward_context
         if self.use_spec_decode:
             # A captured graph keeps the address it was captured with.
