@@ -10,11 +10,10 @@ and the keys and values since then (activated, in the dtype of the model) wait i
 
     o_t = lam^(t + 1 - b) q_t S_b + sum_{b <= j <= t} lam^(t - j) (q_t k_j) v_j          b = boundary of the slot
 
-Once C tokens that are certain have gathered, the next call folds them into the state, in the arithmetic of the
-recurrent step: at its boundaries the state has the bits that :func:`minimax_plugin.kernels.ops.lightning_decode` gives.
-Between them a step reads the state once and writes two rows. Rejected drafts cost nothing: the next call names a
-smaller position, and their rows are overwritten. (Replay of keys and values: ReplaySSM, vLLM pull request 48018, and
-KVBuffer, arXiv 2605.19049, both for other recurrences.)
+Once C tokens that are certain have gathered, the next call folds them into the state, one by one in the arithmetic of
+the recurrent step. Between such calls a step reads the state once and writes two rows. Rejected drafts cost nothing:
+the next call names a smaller position, and their rows are overwritten. (Replay of keys and values: ReplaySSM, vLLM pull
+request 48018, and KVBuffer, arXiv 2605.19049, both for other recurrences.)
 
 A ring holds the C rows that a call may fold, the drafts of the last call behind them and the new rows, none of which
 may share a row: :func:`replay_ring_rows`. Token t lives in row ``t % R``.
