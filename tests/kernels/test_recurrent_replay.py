@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minimax_plugin.kernels import reference, replay
@@ -17,10 +17,13 @@ SLOPES = torch.tensor([0.917, 4.95e-5])
 
 #: (tokens sent, tokens of them accepted) of one call.
 CALLS = st.lists(
-    st.integers(1, 8).flatmap(lambda sent: st.tuples(st.just(sent), st.integers(1, sent))), min_size=1, max_size=30
+    st.integers(1, 8).flatmap(lambda sent: st.tuples(st.just(sent), st.integers(1, sent))), min_size=1, max_size=40
 )
 
 
+@example(calls=[(8, 8)] * 10, chunk=64, first=0)
+@example(calls=[(1, 1)] * 40, chunk=16, first=7)
+@example(calls=[(8, 3)] * 12, chunk=16, first=64)
 @settings(deadline=None, max_examples=40)
 @given(calls=CALLS, chunk=st.sampled_from(replay.CHUNKS), first=st.integers(0, 200))
 def test_any_schedule_follows_the_recurrence(calls: list[tuple[int, int]], chunk: int, first: int) -> None:
