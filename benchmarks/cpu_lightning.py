@@ -24,17 +24,22 @@ import itertools
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-from torch import Tensor
+if __name__ == "__main__":
+    # This folder holds a `kernels` module, which transformers would take for the Hugging Face package of that name.
+    del sys.path[0]
 
-from minimax_plugin.architecture import lightning_slopes
-from minimax_plugin.kernels import reference
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from minimax_plugin.architecture import lightning_slopes  # noqa: E402
+from minimax_plugin.kernels import reference  # noqa: E402
 
 #: Tokens of one block in the released module.
 ORIGINAL_BLOCK = 256

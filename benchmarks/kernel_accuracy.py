@@ -16,6 +16,10 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    # This folder holds a `kernels` module, which transformers would take for the Hugging Face package of that name.
+    del sys.path[0]
+
 #: From the fastest head of the first layer to the slowest of the last lightning layer of the released model.
 SLOPES = (0.917, 0.0625, 0.0116, 0.0039, 0.0019, 4.95e-5)
 
