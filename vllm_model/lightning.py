@@ -215,7 +215,9 @@ class HeadsRMSNorm(nn.Module):
 
     def forward(self, out: Tensor, gate: Tensor, sumsq: Tensor) -> Tensor:
         """``out`` and ``gate`` [T, H * D], ``sumsq`` [T, H] fp32 of this rank's heads."""
-        total = sumsq.sum(-1, keepdim=True)
+        # One number per token in one dimension: tensors of two dimensions go through FlashInfer's all-reduce, whose one
+        # workspace is laid out for the 16-bit activations and gives wrong sums for fp32.
+        total = sumsq.sum(-1)
         if self.tp_size > 1:
             total = tensor_model_parallel_all_reduce(total)
         return ops.gated_rmsnorm(out, gate, self.weight, LIGHTNING_NORM_EPS, sumsq=total, norm_size=self.size)

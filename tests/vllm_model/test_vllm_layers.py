@@ -92,7 +92,7 @@ def test_norm_spans_the_heads_of_all_ranks(distributed: None, monkeypatch: pytes
     out, gate = (torch.randn(tokens, heads * dim, generator=generator) for _ in range(2))
     weight = torch.randn(heads * dim, generator=generator)
     sumsq = out.view(tokens, heads, dim).square().sum(-1)
-    total = sumsq.sum(-1, keepdim=True)
+    total = sumsq.sum(-1)
     scale = torch.rsqrt(out.double().square().mean(-1, keepdim=True) + 1e-6)
     expected = torch.sigmoid(gate.double()) * weight.double() * out.double() * scale
     monkeypatch.setattr(lightning_module, "get_tensor_model_parallel_world_size", lambda: 2)
@@ -112,7 +112,8 @@ def test_norm_spans_the_heads_of_all_ranks(distributed: None, monkeypatch: pytes
         part = norm(out[:, channels], gate[:, channels], sumsq[:, rank * 3 : (rank + 1) * 3])
         torch.testing.assert_close(part.double(), expected[:, channels], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(reduced[0] + reduced[1], total)
-    assert all(partial.dtype == torch.float32 and partial.shape == (tokens, 1) for partial in reduced)
+    # vLLM reduces fp32 in two dimensions through a workspace made for 16-bit activations, and gets wrong sums.
+    assert all(partial.dtype == torch.float32 and partial.shape == (tokens,) for partial in reduced)
 
 
 def test_norm_uses_the_epsilon_of_the_released_module(distributed: None) -> None:
