@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a kernel module tells the compile gate: every form of its kernels that it launches, without launching any.
+"""How kernels are launched, and what a kernel module tells the compile gate: every form that it launches.
 
 Each kernel module has ``launch_configs(architecture) -> list[LaunchConfig]``, built from the same table that its host
 functions launch from, so that ``scripts/compile_gate.py`` compiles what runs.
@@ -7,6 +7,7 @@ functions launch from, so that ``scripts/compile_gate.py`` compiles what runs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 #: Options of every launch. Contracting a product and a sum into one rounding is Triton's default up to 3.9 only; said
 #: explicitly, the bits stay the same with the releases after it.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of the tensors. Triton takes the current one, and with the layers of a model spread over
+    several GPUs that is another: the launch then fails, or runs beside the stream that its tensors belong to."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ A sequence of one segment needs the third only. With ``reverse`` the same kernel
 the three gradients are such scans with the roles of the tensors permuted (:mod:`minimax_plugin.kernels.reference`).
 """
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig, on_device
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, INTERPRETED
 from minimax_plugin.kernels.scan import chunk_scan_kernel, segment_scan_kernel, segment_state_kernel
 
@@ -225,7 +224,7 @@ class _Launch:
         starts = torch.empty(shape, dtype=torch.float32, device=self.device)
         tile = _segment_tile(self.head_dim)
         blocks = (self.common["BD"] // tile["BK"]) * (self.common["BD"] // tile["BV"])
-        with _on(self.device):
+        with on_device(self.device):
             segment_state_kernel[(num_segments * self.num_heads * blocks,)](
                 k,
                 v,
@@ -292,7 +291,7 @@ class _Launch:
         partial = None
         if sumsq is not None:
             partial = torch.empty((blocks, *sumsq.shape), dtype=torch.float32, device=self.device)
-        with _on(self.device):
+        with on_device(self.device):
             chunk_scan_kernel[(num_segments * self.num_heads * blocks,)](
                 q,
                 k,
@@ -415,11 +414,6 @@ def _padded(head_dim: int) -> int:
 def _rows(x: Tensor) -> Tensor:
     """``x`` as the kernels read it; a stride that 32-bit offsets inside a tile cannot span is copied away."""
     return x if x.stride(-1) == 1 and abs(x.stride(0)) < 2**24 else x.contiguous()
-
-
-def _on(device: torch.device) -> Any:
-    """Launch on the device of the tensors, which need not be the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: bool) -> list[LaunchConfig]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minimax_plugin.kernels.dispatch import lightning_backend
-from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig, on_device
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634) if HAS_TRITON else 1.4426950408889634
@@ -48,22 +48,23 @@ def gated_rmsnorm(o: Tensor, gate: Tensor, weight: Tensor, eps: float, sumsq: Te
         return out
     flat = None if sumsq is None else sumsq.reshape(-1).contiguous()
     block, warps = _tile(width, sumsq is not None)
-    _gated_rmsnorm[(rows.shape[0], triton.cdiv(width, block))](
-        rows,
-        gates,
-        weight.contiguous(),
-        flat,
-        out,
-        None,
-        rows.stride(0),
-        gates.stride(0),
-        WIDTH=width,
-        SIZE=norm_size,
-        EPS=eps,
-        BLOCK=block,
-        num_warps=warps,
-        **LAUNCH_OPTIONS,
-    )
+    with on_device(o.device):
+        _gated_rmsnorm[(rows.shape[0], triton.cdiv(width, block))](
+            rows,
+            gates,
+            weight.contiguous(),
+            flat,
+            out,
+            None,
+            rows.stride(0),
+            gates.stride(0),
+            WIDTH=width,
+            SIZE=norm_size,
+            EPS=eps,
+            BLOCK=block,
+            num_warps=warps,
+            **LAUNCH_OPTIONS,
+        )
     return out
 
 
@@ -180,22 +181,23 @@ def _gate_before_norm(o: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, 
     if rows.shape[0] == 0:
         return out, sumsq
     block, warps = _tile(width, False)
-    _gated_rmsnorm[(rows.shape[0], 1)](
-        rows,
-        gates,
-        weight.contiguous(),
-        None,
-        out,
-        sumsq,
-        rows.stride(0),
-        gates.stride(0),
-        WIDTH=width,
-        SIZE=width,
-        EPS=0.0,
-        BLOCK=block,
-        num_warps=warps,
-        **LAUNCH_OPTIONS,
-    )
+    with on_device(o.device):
+        _gated_rmsnorm[(rows.shape[0], 1)](
+            rows,
+            gates,
+            weight.contiguous(),
+            None,
+            out,
+            sumsq,
+            rows.stride(0),
+            gates.stride(0),
+            WIDTH=width,
+            SIZE=width,
+            EPS=0.0,
+            BLOCK=block,
+            num_warps=warps,
+            **LAUNCH_OPTIONS,
+        )
     return out, sumsq
 
 

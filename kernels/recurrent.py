@@ -14,7 +14,7 @@ in any batch. The rules of :mod:`minimax_plugin.kernels.lightning` on 16-bit ari
 import torch
 from torch import Tensor
 
-from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig, on_device
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 
 LOG2E = tl.constexpr(1.4426950408889634) if HAS_TRITON else 1.4426950408889634
@@ -42,27 +42,28 @@ def decode(
         return
     constants, warps = _tile(head_dim, sumsq is not None)
     blocks = constants["BD"] // constants["BV"]
-    _decode[(num_tokens * num_heads * blocks,)](
-        qkv,
-        slopes,
-        state_pool,
-        slot_ids,
-        out,
-        sumsq,
-        qkv.stride(0),
-        qkv.stride(1),
-        state_pool.stride(0),
-        out.stride(0),
-        out.stride(1),
-        *_sumsq_strides(sumsq),
-        slot_ids.stride(0),
-        null_slot,
-        num_heads,
-        ACT=activation == "silu",
-        **constants,
-        num_warps=warps,
-        **LAUNCH_OPTIONS,
-    )
+    with on_device(qkv.device):
+        _decode[(num_tokens * num_heads * blocks,)](
+            qkv,
+            slopes,
+            state_pool,
+            slot_ids,
+            out,
+            sumsq,
+            qkv.stride(0),
+            qkv.stride(1),
+            state_pool.stride(0),
+            out.stride(0),
+            out.stride(1),
+            *_sumsq_strides(sumsq),
+            slot_ids.stride(0),
+            null_slot,
+            num_heads,
+            ACT=activation == "silu",
+            **constants,
+            num_warps=warps,
+            **LAUNCH_OPTIONS,
+        )
 
 
 def verify(
@@ -88,34 +89,35 @@ def verify(
         return
     constants, warps = _tile(head_dim, sumsq is not None)
     blocks = constants["BD"] // constants["BV"]
-    _verify[(num_sequences * num_heads * blocks,)](
-        qkv,
-        slopes,
-        state_pool,
-        read_slots,
-        write_slots,
-        cu_seqlens,
-        out,
-        sumsq,
-        qkv.stride(0),
-        qkv.stride(1),
-        state_pool.stride(0),
-        out.stride(0),
-        out.stride(1),
-        *_sumsq_strides(sumsq),
-        read_slots.stride(0),
-        write_slots.stride(0),
-        write_slots.stride(1),
-        null_slot,
-        num_heads,
-        num_sequences,
-        num_tokens,
-        max_query,
-        ACT=activation == "silu",
-        **constants,
-        num_warps=warps,
-        **LAUNCH_OPTIONS,
-    )
+    with on_device(qkv.device):
+        _verify[(num_sequences * num_heads * blocks,)](
+            qkv,
+            slopes,
+            state_pool,
+            read_slots,
+            write_slots,
+            cu_seqlens,
+            out,
+            sumsq,
+            qkv.stride(0),
+            qkv.stride(1),
+            state_pool.stride(0),
+            out.stride(0),
+            out.stride(1),
+            *_sumsq_strides(sumsq),
+            read_slots.stride(0),
+            write_slots.stride(0),
+            write_slots.stride(1),
+            null_slot,
+            num_heads,
+            num_sequences,
+            num_tokens,
+            max_query,
+            ACT=activation == "silu",
+            **constants,
+            num_warps=warps,
+            **LAUNCH_OPTIONS,
+        )
 
 
 def launch_configs(architecture: str) -> list[LaunchConfig]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minimax_plugin.kernels import checks, reference
 from minimax_plugin.kernels.dispatch import lightning_backend
-from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig
+from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig, on_device
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
 from minimax_plugin.kernels.recurrent import decay_minus_one, load_activated, state_step, store_row
 
@@ -243,35 +243,36 @@ def launch(
         return
     constants, warps = _tile(head_dim, chunk, max_query, sumsq is not None)
     blocks = constants["BD"] // constants["BV"]
-    _decode_replay[(num_sequences * num_heads * blocks,)](
-        qkv,
-        slopes,
-        state_pool,
-        k_ring,
-        v_ring,
-        slot_ids,
-        boundary,
-        position,
-        cu_seqlens,
-        out,
-        sumsq,
-        qkv.stride(0),
-        qkv.stride(1),
-        state_pool.stride(0),
-        k_ring.stride(0),
-        k_ring.shape[1],
-        out.stride(0),
-        out.stride(1),
-        *((0, 0) if sumsq is None else sumsq.stride()),
-        null_slot,
-        num_heads,
-        num_sequences,
-        num_tokens,
-        ACT=activation == "silu",
-        **constants,
-        num_warps=warps,
-        **LAUNCH_OPTIONS,
-    )
+    with on_device(qkv.device):
+        _decode_replay[(num_sequences * num_heads * blocks,)](
+            qkv,
+            slopes,
+            state_pool,
+            k_ring,
+            v_ring,
+            slot_ids,
+            boundary,
+            position,
+            cu_seqlens,
+            out,
+            sumsq,
+            qkv.stride(0),
+            qkv.stride(1),
+            state_pool.stride(0),
+            k_ring.stride(0),
+            k_ring.shape[1],
+            out.stride(0),
+            out.stride(1),
+            *((0, 0) if sumsq is None else sumsq.stride()),
+            null_slot,
+            num_heads,
+            num_sequences,
+            num_tokens,
+            ACT=activation == "silu",
+            **constants,
+            num_warps=warps,
+            **LAUNCH_OPTIONS,
+        )
 
 
 def launch_configs(architecture: str) -> list[LaunchConfig]:
