@@ -67,7 +67,6 @@ class LightningAttention(nn.Module, MambaBase):
         self.slopes: Tensor
         self.register_buffer("slopes", torch.tensor(slopes, dtype=torch.float32), persistent=False)
 
-        self.state_pool: StatePool | None = None
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
             raise ValueError(f"two layers are called {prefix!r}")
@@ -100,7 +99,15 @@ class LightningAttention(nn.Module, MambaBase):
                 "when a sequence goes on from a part of a block; leave the option out"
             )
         super().bind_kv_cache(kv_cache)
-        self.state_pool = StatePool(self.kv_cache[0], null_slot=NULL_SLOT)
+
+    @property
+    def state_pool(self) -> StatePool:
+        """The states of this layer. Made anew each time: kept, it would hold on to memory that vLLM takes back.
+
+        vLLM profiles CUDA graphs over a small pool and resets ``kv_cache`` of its layers before it allocates the real
+        one.
+        """
+        return StatePool(self.kv_cache[0], null_slot=NULL_SLOT)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[T, hidden]`` to ``[T, hidden]``; rows of padding tokens come out finite."""
@@ -123,7 +130,6 @@ class LightningAttention(nn.Module, MambaBase):
             sumsq: [T, H] fp32, written with the sums of squares of ``out``.
         """
         pool = self.state_pool
-        assert pool is not None
         num_decode_tokens = 0
         if metadata.num_decodes:
             num_decode_tokens = self._decode(pool, qkv, out, sumsq, metadata)

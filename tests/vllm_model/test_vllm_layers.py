@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import tiny_config
@@ -75,6 +77,21 @@ def test_parts_of_blocks_are_hit_only_where_vllm_copies_all_of_a_block(
             layer.bind_kv_cache(pages)
     else:
         layer.bind_kv_cache(pages)
+
+
+def test_a_layer_lets_go_of_the_block_pool_when_vllm_does(tiny_model: Any) -> None:
+    """vLLM profiles CUDA graphs over a small pool, takes it back from the layers and allocates the real one."""
+    from vllm.v1.worker.utils import clear_layer_kv_caches
+
+    layer = tiny_model.model.layers[0].self_attn
+    memory = np.zeros((3, 1, 1, 4 * 32 * 32 * 4), dtype=np.int8)
+    layer.bind_kv_cache(torch.from_numpy(memory))
+    assert layer.state_pool.states.data_ptr() == memory.ctypes.data
+    alive = weakref.ref(memory)
+    del memory
+    assert alive() is not None
+    clear_layer_kv_caches([layer])
+    assert alive() is None, "the layer still holds the block pool"
 
 
 def test_heads_must_split_over_the_ranks(tiny_config_of_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +253,6 @@ def test_4000_decode_steps_in_bf16(layer_idx: int, tiny_config_of_vllm: Any) -> 
     out, sumsq = torch.empty(1, heads, dim, dtype=torch.bfloat16), torch.empty(1, heads)
     for t in range(steps):
         layer.attend(qkv[t : t + 1], out, sumsq, metadata)
-    assert layer.state_pool is not None
     state = layer.state_pool.states[1]
     # The activation is part of the error: here in float64, in the layer rounded to bf16.
     q, k, v = torch.nn.functional.silu(qkv.double()).chunk(3, -1)
