@@ -57,10 +57,11 @@ def layer_types_from_codes(attn_type_list: Sequence[int]) -> list[LayerType]:
     """Translate ``attn_type_list`` (0 = lightning, 1 = softmax) into layer types.
 
     Raises:
-        ValueError: an entry is neither 0 nor 1.
+        ValueError: not a list, or an entry is neither 0 nor 1.
     """
+    _require_list("attn_type_list", attn_type_list)
     for layer_idx, code in enumerate(attn_type_list):
-        if isinstance(code, bool) or code not in LAYER_TYPE_BY_CODE:
+        if isinstance(code, bool) or not isinstance(code, int) or code not in LAYER_TYPE_BY_CODE:
             raise ValueError(
                 f"attn_type_list[{layer_idx}] is {code!r}, expected 0 (lightning attention) or 1 (softmax attention)"
             )
@@ -71,11 +72,12 @@ def codes_from_layer_types(layer_types: Sequence[str]) -> list[int]:
     """Translate layer types into ``attn_type_list`` (0 = lightning, 1 = softmax).
 
     Raises:
-        ValueError: an entry is not one of the two layer types.
+        ValueError: not a list, or an entry is not one of the two layer types.
     """
+    _require_list("layer_types", layer_types)
     code_by_type: dict[str, int] = {layer_type: code for code, layer_type in LAYER_TYPE_BY_CODE.items()}
     for layer_idx, layer_type in enumerate(layer_types):
-        if layer_type not in code_by_type:
+        if not isinstance(layer_type, str) or layer_type not in code_by_type:
             raise ValueError(f"layer_types[{layer_idx}] is {layer_type!r}, expected one of {sorted(code_by_type)}")
     return [code_by_type[layer_type] for layer_type in layer_types]
 
@@ -198,13 +200,26 @@ class Architecture:
             raise ValueError(
                 "config has neither 'attn_type_list' nor 'layer_types'; one of them gives the layer pattern"
             )
+        if layer_types is not None:
+            _require_list("layer_types", layer_types)
+        if codes is not None:
+            from_codes = layer_types_from_codes(codes)
+            if layer_types is not None and list(layer_types) != from_codes:
+                raise ValueError(f"layer_types = {layer_types} contradicts attn_type_list = {codes}; state one of them")
+            layer_types = from_codes
         num_heads = required("num_attention_heads")
         hidden_size = required("hidden_size")
         head_dim = get("head_dim", None)
         if head_dim is None:
+            _require_positive("hidden_size", hidden_size)
             _require_positive("num_attention_heads", num_heads)
             head_dim = hidden_size // num_heads
         rotary_dim = get("rotary_dim", None)
+        # No tensor depends on it, so it is checked and not kept.
+        positions = get("max_position_embeddings", None)
+        if positions is not None:
+            _require_positive("max_position_embeddings", positions)
+        shared_moe_mode = get("shared_moe_mode", None)
         shared = get("shared_intermediate_size", 0) or 0
         return cls(
             vocab_size=required("vocab_size"),
@@ -217,9 +232,9 @@ class Architecture:
             rotary_dim=head_dim if rotary_dim is None else rotary_dim,
             num_local_experts=required("num_local_experts"),
             num_experts_per_tok=required("num_experts_per_tok"),
-            layer_types=tuple(layer_types_from_codes(codes) if codes is not None else layer_types or ()),
+            layer_types=tuple(layer_types),
             shared_intermediate_size=shared,
-            shared_moe_mode=get("shared_moe_mode", None) or "sigmoid",
+            shared_moe_mode="sigmoid" if shared_moe_mode is None else shared_moe_mode,
             tie_word_embeddings=bool(get("tie_word_embeddings", False)),
         )
 
@@ -367,6 +382,11 @@ class Architecture:
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name} is {value!r}, expected a positive integer")
+
+
+def _require_list(name: str, value: Any) -> None:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{name} is {value!r}, expected a list with one entry per layer")
 
 
 def _to_fp32(value: float) -> float:

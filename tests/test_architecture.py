@@ -206,7 +206,14 @@ def test_layer_types_may_stand_for_codes() -> None:
         ({"num_key_value_heads": 4}, "num_attention_heads = 6 is not divisible by num_key_value_heads = 4"),
         ({"num_experts_per_tok": 6}, r"num_experts_per_tok \(top_k\) = 6 exceeds num_local_experts = 5"),
         ({"shared_moe_mode": "mean"}, "shared_moe_mode is 'mean', expected one of"),
+        ({"shared_moe_mode": ""}, "shared_moe_mode is '', expected one of"),
         ({"shared_intermediate_size": -1}, "shared_intermediate_size is -1"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0, expected a positive integer"),
+        ({"attn_type_list": 1}, "attn_type_list is 1, expected a list"),
+        ({"attn_type_list": [0, [1], 0]}, r"attn_type_list\[1\] is \[1\], expected 0"),
+        ({"attn_type_list": None, "layer_types": "linear"}, "layer_types is 'linear', expected a list"),
+        ({"layer_types": ["full_attention"] * 3}, "contradicts attn_type_list"),
+        ({"head_dim": None, "hidden_size": "32"}, "hidden_size is '32', expected a positive integer"),
         *(
             ({name: value}, f"{name} is {value!r}, expected a positive integer")
             for name in SMALL
