@@ -189,7 +189,7 @@ def _expected_tensors(
     if config.get("quantization_config"):
         notes.append("quantization_config is present: tensor names, shapes and dtypes are not checked")
         return None
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if name not in _SAFETENSORS_DTYPES:
         notes.append(f"config dtype {name!r} is none of {', '.join(_SAFETENSORS_DTYPES)}: dtypes checked as bfloat16")
     dtype = _SAFETENSORS_DTYPES.get(name, "BF16")
@@ -219,9 +219,15 @@ def _read_index(directory: Path, faults: list[Fault]) -> tuple[dict[str, str] | 
         found = f"a {type(weight_map).__name__}" if not isinstance(weight_map, dict) else "entries that are no strings"
         faults.append(Fault(INDEX_FILE, "weight_map", found, "an object of tensor name -> file name"))
         return None, None
+    if (directory / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+        expected = "one of the two: transformers reads this file and vLLM those of the index"
+        faults.append(Fault(SINGLE_FILE, "", f"it beside {INDEX_FILE}, which does not name it", expected))
     metadata = index.get("metadata")
     total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, int(total_size) if isinstance(total_size, int | float) else None
+    if total_size is not None and (not isinstance(total_size, int | float) or total_size != total_size // 1):
+        faults.append(Fault(INDEX_FILE, "metadata.total_size", repr(total_size), "a number of bytes"))
+        total_size = None
+    return weight_map, total_size if total_size is None else int(total_size)
 
 
 def _read_shards(

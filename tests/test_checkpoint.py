@@ -175,6 +175,16 @@ def test_released_layout_is_complete(checkpoint_dir: Path, tmp_path: Path) -> No
             id="wrong total size",
         ),
         pytest.param(
+            edit_json(INDEX, lambda index: index["metadata"].update(total_size="much")),
+            f"{INDEX}: metadata.total_size: found 'much', expected a number of bytes",
+            id="total size of another type",
+        ),
+        pytest.param(
+            lambda d: shutil.copy(d / SHARD, d / "model.safetensors"),
+            f"model.safetensors: found it beside {INDEX}, which does not name it, expected one of the two",
+            id="single file beside an index",
+        ),
+        pytest.param(
             lambda d: (d / "config.json").unlink(),
             "config.json: found no such file, expected config.json in",
             id="no config",
@@ -194,6 +204,16 @@ def test_released_layout_is_complete(checkpoint_dir: Path, tmp_path: Path) -> No
         pytest.param(edit_config(num_experts_per_tok=3), "exceeds num_local_experts = 2", id="top-k"),
         pytest.param(
             edit_config(shared_moe_mode="mean"), "shared_moe_mode is 'mean', expected one of", id="shared mode"
+        ),
+        pytest.param(edit_config(shared_moe_mode=""), "shared_moe_mode is '', expected one of", id="empty shared mode"),
+        pytest.param(
+            edit_config(layer_types=["full_attention"] * 2), "contradicts attn_type_list", id="contradicting layers"
+        ),
+        pytest.param(
+            edit_config(attn_type_list=5), "attn_type_list is 5, expected a list", id="attn_type_list of another type"
+        ),
+        pytest.param(
+            edit_config(max_position_embeddings=-1), "max_position_embeddings is -1, expected", id="negative positions"
         ),
         pytest.param(edit_config(hidden_size=0), "hidden_size is 0, expected a positive integer", id="zero size"),
         pytest.param(
@@ -237,14 +257,33 @@ def test_tensor_of_another_architecture(model_dir: Path) -> None:
     assert any(f"tensor {GATE}: found shape [2, 32], expected [1, 32]" in line for line in lines)
 
 
-def test_single_file_needs_no_index(intact: Path, model_dir: Path) -> None:
+def merge_shards(directory: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(model_dir.glob("model-*.safetensors")):
+    for file in sorted(directory.glob("model-*.safetensors")):
         tensors |= load_file(file)
         file.unlink()
-    (model_dir / INDEX).unlink()
-    save_file(tensors, model_dir / "model.safetensors")
+    (directory / INDEX).unlink()
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_single_file_needs_no_index(intact: Path, model_dir: Path) -> None:
+    merge_shards(model_dir)
     assert require_complete(model_dir).total_size == require_complete(intact).total_size
+
+
+def test_index_over_a_single_file(model_dir: Path) -> None:
+    """Some converters write an index that places every tensor in the one file that there is."""
+    merge_shards(model_dir)
+    weight_map = dict.fromkeys(read_safetensors_header(model_dir / "model.safetensors"), "model.safetensors")
+    (model_dir / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert require_complete(model_dir).num_files == 1
+
+
+def test_config_dtype_of_another_type_is_said(model_dir: Path) -> None:
+    edit_config(dtype={"": "bfloat16"})(model_dir)
+    report = check_checkpoint(model_dir)
+    assert report.complete
+    assert "dtypes checked as bfloat16" in report.notes[0]
 
 
 def test_config_dtype_is_expected_of_everything_but_the_router(model_dir: Path) -> None:
