@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from minimax_plugin.architecture import ORIGINAL_ARCHITECTURES, Architecture, TensorSpec
-from minimax_plugin.checkpoint import CONFIG_FILE, INDEX_FILE
+from minimax_plugin.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from minimax_plugin.cli import tiny_tokenizer
 from minimax_plugin.templates import chat_template
 
@@ -217,9 +217,9 @@ def _prepare_directory(directory: Path, *, force: bool) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()) and not force:
         raise FileExistsError(f"{directory} is not empty; choose another directory or pass --force")
-    # Shards of an earlier, larger checkpoint must not survive beside the new index.
-    for stale in directory.glob("model*.safetensors*"):
-        stale.unlink()
+    # Weights of an earlier checkpoint must not survive beside the new index. Other files that are called alike may.
+    for stale in (directory / SINGLE_FILE, *directory.glob("model-[0-9]*-of-[0-9]*.safetensors")):
+        stale.unlink(missing_ok=True)
 
 
 def _write_weights(directory: Path, architecture: Architecture, options: TinyOptions, printable: Tensor) -> None:

@@ -169,6 +169,7 @@ def test_text01_names_itself(tmp_path: Path) -> None:
         (["--attn-types", "0,1"], "attn_type_list has 2 entries, expected num_hidden_layers = 4"),
         (["--attn-types", "0,1,2,0"], "attn_type_list[2] is 2"),
         (["--hidden", "0"], "hidden_size is 0, expected a positive integer"),
+        (["--max-positions", "0"], "max_position_embeddings is 0, expected a positive integer"),
         (["--vocab", "287"], "vocab_size is 287, expected at least 288"),
         (["--shard-size", "0"], "shard_size is 0"),
     ],
@@ -191,11 +192,16 @@ def test_refuses_a_directory_that_is_not_empty(tmp_path: Path, capsys: pytest.Ca
 
 def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, TinyOptions(shard_size=1))
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "model.safetensors").touch()
+    mine = {"notes.txt", "model_adapter.safetensors", "model-backup.safetensors"}
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     write_tiny_checkpoint(tmp_path, force=True)
     assert check_checkpoint(tmp_path).complete
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert len(list(tmp_path.glob("*.safetensors"))) < 10
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+    weights = {file.name for file in tmp_path.glob("*.safetensors")} - mine
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert weights == set(index["weight_map"].values())
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["tiny"], ["tiny", "x", "--attn-types", "a,b"]])
