@@ -43,22 +43,21 @@ class Finding(NamedTuple):
 
 def check_environment(*, probe_vllm: bool = True) -> list[Finding]:
     """Every check in order. A check that itself breaks becomes a fault and does not stop the others."""
-    checks: list[Callable[[], list[Finding]]] = [
-        check_versions,
-        check_entry_point,
-        check_shadowing,
-        check_torch_companions,
-        check_hugging_face,
-        check_kernel_backend,
-        lambda: check_vllm(probe=probe_vllm),
-    ]
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "versions": check_versions,
+        "entry point": check_entry_point,
+        "shadowing": check_shadowing,
+        "torch": check_torch_companions,
+        "transformers": check_hugging_face,
+        "kernels": check_kernel_backend,
+        "vllm": lambda: check_vllm(probe=probe_vllm),
+    }
     findings: list[Finding] = []
-    for check in checks:
+    for topic, check in checks.items():
         try:
             findings += check()
         except Exception as error:  # whatever is broken on this machine is the answer
-            name = getattr(check, "__name__", "check").removeprefix("check_")
-            findings.append(Finding("fault", name, f"{type(error).__name__}: {_one_line(str(error))}"))
+            findings.append(Finding("fault", topic, f"{type(error).__name__}: {_one_line(str(error))}"))
     return findings
 
 
@@ -74,17 +73,19 @@ def check_versions() -> list[Finding]:
         return [*findings, Finding("fault", "plugin", f"{DISTRIBUTION} is not installed; {expected}")]
     findings.append(Finding("ok", "plugin", f"{DISTRIBUTION} {metadata.version(DISTRIBUTION)}"))
     for requirement in requirements:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        optional = requirement.name == "triton"  # of an extra, but used wherever it is found
+        extra = "triton" if optional else ""
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         version = _version(requirement.name)
-        if version is None:
+        if version is None and optional:
+            findings.append(Finding("ok", requirement.name, "not installed (needed on a GPU only)"))
+        elif version is None:
             findings.append(Finding("fault", requirement.name, f"not installed, expected {requirement.specifier}"))
         elif not requirement.specifier.contains(version, prereleases=True):
             findings.append(Finding("fault", requirement.name, f"found {version}, expected {requirement.specifier}"))
         else:
             findings.append(Finding("ok", requirement.name, version))
-    triton = _version("triton")
-    findings.append(Finding("ok", "triton", triton or "not installed (needed on a GPU only)"))
     return findings
 
 
@@ -171,14 +172,19 @@ def check_hugging_face() -> list[Finding]:
 
 
 def check_kernel_backend() -> list[Finding]:
-    """Which implementation of lightning attention runs on the default device."""
+    """Which implementation of lightning attention runs on the default device; a slow one on a GPU is a warning."""
     import torch
 
-    from minimax_plugin.kernels.ops import lightning_backend
+    from minimax_plugin.kernels.ops import BACKEND_VARIABLE, lightning_backend
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    return [Finding("ok", "kernels", f"lightning attention on {device.type} ({name}): {lightning_backend(device)}")]
+    backend = lightning_backend(device)
+    message = f"lightning attention on {device.type} ({name}): {backend}"
+    if device.type == "cuda" and backend != "triton":
+        hint = f"many times slower than the Triton kernels; install triton and leave {BACKEND_VARIABLE} unset"
+        return [Finding("warning", "kernels", f"{message}, {hint}")]
+    return [Finding("ok", "kernels", message)]
 
 
 def check_vllm(*, probe: bool) -> list[Finding]:
@@ -191,7 +197,10 @@ def check_vllm(*, probe: bool) -> list[Finding]:
     version = _version(distribution) or ""
     findings = [Finding("ok", "vllm", f"{distribution} {version}")]
     oldest, newest = (".".join(map(str, bound)) for bound in (compat.OLDEST_VLLM, compat.NEWEST_TESTED_VLLM))
-    if not compat.OLDEST_VLLM <= _major_minor(version) <= compat.NEWEST_TESTED_VLLM:
+    if _major_minor(version) < compat.OLDEST_VLLM:
+        message = f"found {version}, expected {oldest} or later: the plugin refuses to load; upgrade vLLM"
+        findings.append(Finding("fault", "vllm", message))
+    elif _major_minor(version) > compat.NEWEST_TESTED_VLLM:
         findings.append(Finding("warning", "vllm", f"tested with {oldest} to {newest}, found {version}"))
     if _version("vllm") is None:
         findings.append(

@@ -114,11 +114,29 @@ def test_checkpoint_without_tokenizer_is_a_warning(
         ("torch", "2.10.0", "found 2.10.0, expected >=2.11"),
         ("transformers", "4.57.1", "found 4.57.1, expected >=5.16.1"),
         ("safetensors", None, "not installed, expected >=0.5"),
+        ("triton", "3.5.1", "found 3.5.1, expected >=3.6"),
     ],
 )
 def test_requirement_not_met(name: str, version: str | None, expected: str, versions: dict[str, str | None]) -> None:
     versions[name] = version
     assert messages(environment.check_versions(), "fault") == [expected]
+
+
+def test_triton_is_optional(versions: dict[str, str | None]) -> None:
+    versions["triton"] = None
+    assert environment.Finding("ok", "triton", "not installed (needed on a GPU only)") in environment.check_versions()
+
+
+@pytest.mark.parametrize(
+    ("backend", "level"), [("triton", "ok"), ("torch", "warning")], ids=["with Triton", "without Triton"]
+)
+def test_kernel_backend_on_a_gpu(backend: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr("minimax_plugin.kernels.ops.lightning_backend", lambda device: backend)
+    (finding,) = environment.check_kernel_backend()
+    assert finding.level == level
+    assert finding.message.startswith(f"lightning attention on cuda (Some GPU): {backend}")
 
 
 def test_plugin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,16 +208,18 @@ def test_vllm_is_optional(versions: dict[str, str | None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "warnings"), [("0.30.1", 1), ("0.31.0", 0), ("0.32.1", 0), ("1.0.0", 1), ("0.99.0rc1+cu130", 1)]
+    ("version", "level"),
+    [("0.30.1", "fault"), ("0.31.0", None), ("0.32.1", None), ("1.0.0", "warning"), ("0.99.0rc1+cu130", "warning")],
 )
 def test_tested_range_of_vllm(
-    version: str, warnings: int, versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+    version: str, level: str | None, versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Too old is a fault: the plugin stops such a vLLM when it is loaded."""
     versions["vllm"] = version
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    found = messages(environment.check_vllm(probe=False), "warning")
-    assert len(found) == warnings
-    assert all(f"found {version}" in message for message in found)
+    others = [finding for finding in environment.check_vllm(probe=False) if finding.level != "ok"]
+    assert [finding.level for finding in others] == ([level] if level else [])
+    assert all(f"found {version}" in finding.message for finding in others)
 
 
 def test_missing_metadata_of_the_cpu_build(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +258,7 @@ def test_transformers_that_cannot_be_imported(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "MiniMax-M1 is unknown to transformers (RuntimeError: operator torchvision::nms" in done.stderr
-    assert "fault   hugging_face RuntimeError: operator torchvision::nms does not exist" in done.stdout
+    assert "fault   transformers RuntimeError: operator torchvision::nms does not exist" in done.stdout
 
 
 def test_broken_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +270,17 @@ def test_broken_check_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) 
     findings = environment.check_environment(probe_vllm=False)
     assert findings[0] == environment.Finding("fault", "versions", "RuntimeError: two lines")
     assert len(findings) > 3
+
+
+def test_unreadable_version_of_vllm_is_named(
+    versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    versions["vllm"] = "unknown"
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: find_spec("json" if name == "vllm" else name))
+    faults = [f for f in environment.check_environment(probe_vllm=False) if f.level == "fault"]
+    assert faults == [environment.Finding("fault", "vllm", "InvalidVersion: Invalid version: 'unknown'")]
 
 
 def test_python_version_is_reported() -> None:
