@@ -158,61 +158,10 @@ def _lightning_decode_replay(
     if lightning_backend(qkv.device) == "triton":
         launch(*arguments, chunk=chunk, max_query=max_query, activation=activation, null_slot=null_slot)
     else:
-        replay_loop(*arguments, chunk=chunk, activation=activation or None, null_slot=null_slot)
+        reference.replay_loop(*arguments, chunk=chunk, activation=activation or None, null_slot=null_slot)
 
 
 _lightning_decode_replay.register_fake(lambda *args: None)
-
-
-def replay_loop(
-    qkv: Tensor,
-    slopes: Tensor,
-    state_pool: Tensor,
-    k_ring: Tensor,
-    v_ring: Tensor,
-    slot_ids: Tensor,
-    boundary: Tensor,
-    position: Tensor,
-    cu_seqlens: Tensor,
-    out: Tensor,
-    sumsq: Tensor | None,
-    *,
-    chunk: int,
-    activation: str | None,
-    null_slot: int,
-) -> None:
-    """The same in plain PyTorch, one sequence after the other: serves CPUs, and says what the kernel computes."""
-    decay = torch.exp(-slopes)[:, None, None]
-    rows = k_ring.shape[1]
-    bounds = cu_seqlens.tolist()
-    out[bounds[-1] :] = 0
-    for n, slot in enumerate(slot_ids.tolist()):
-        start, stop = bounds[n], bounds[n + 1]
-        if slot <= null_slot:
-            out[start:stop] = 0
-            continue
-        state, base, now = state_pool[slot], int(boundary[n]), int(position[n])
-        if now - base >= chunk:
-            for t in range(base, base + chunk):
-                k, v = k_ring[slot, t % rows].float(), v_ring[slot, t % rows].float()
-                state.mul_(decay).baddbmm_(k.unsqueeze(2), v.unsqueeze(1))
-            base += chunk
-        q, k, v = reference.split_packed(qkv[start:stop], activation)
-        new = [(now + i) % rows for i in range(stop - start)]
-        k_ring[slot, new], v_ring[slot, new] = k, v
-        seen = torch.tensor([t % rows for t in range(base, now + stop - start)], dtype=torch.long, device=qkv.device)
-        keys, values = (ring[slot, seen].float().transpose(0, 1) for ring in (k_ring, v_ring))
-        queries = q.float().transpose(0, 1)
-        age = torch.arange(now - base, now - base + stop - start, device=qkv.device)[:, None] - torch.arange(
-            len(seen), device=qkv.device
-        )
-        weight = torch.exp(-slopes[:, None, None] * age.clamp(min=0)) * (age >= 0)
-        history = torch.bmm(queries, state) * torch.exp(-slopes[:, None, None] * (age[:, :1] + 1))
-        out[start:stop] = (torch.bmm(torch.bmm(queries, keys.transpose(1, 2)) * weight, values) + history).transpose(
-            0, 1
-        )
-    if sumsq is not None:
-        sumsq.copy_(out.float().square().sum(-1))
 
 
 def launch(

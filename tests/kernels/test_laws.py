@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_laws import SLOWEST, Setting, assert_close, oracle, parametrize_laws, prefill
+from lightning_laws import FASTEST, SLOWEST, Setting, assert_close, oracle, parametrize_laws, prefill
 from torch import Tensor
+
+from minimax_plugin.kernels import ops, reference
 
 SETTINGS = {
     "fp32": Setting(),
@@ -24,6 +26,25 @@ SETTINGS = {
 def test_law(law: Callable[[Setting], None], setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINIMAX_LIGHTNING_BACKEND", "torch")
     law(setting)
+
+
+@pytest.mark.parametrize("path", ["decode", "verify"])
+def test_8192_steps_of_real_slopes(path: str) -> None:
+    """The slowest heads multiply the error of one decay up: exp(-slope) rounded to fp32 leads to 8e-5 here."""
+    steps, setting = 8192, Setting(head_dim=8, slopes=(FASTEST, 0.0039, 5.4e-5, SLOWEST))
+    qkv, pool, slopes = setting.qkv(steps), setting.states(2), setting.slopes_tensor()
+    expected, final = oracle(setting, qkv, pool[1])
+    out = torch.empty(steps, setting.num_heads, setting.head_dim)
+    if path == "decode":
+        for t in range(steps):
+            reference.decode_loop(qkv[t : t + 1], slopes, pool, [1], out[t : t + 1])
+    else:
+        slot, writes, bounds = torch.tensor([1]), torch.tensor([[0, *[-1] * 6, 1]]), torch.tensor([0, 8])
+        for t in range(0, steps, 8):
+            rows = slice(t, t + 8)
+            ops.lightning_verify(qkv[rows], slopes, pool, slot, writes, bounds, out=out[rows])
+    assert_close("output", out[-1024:], expected[-1024:], 2e-6)
+    assert_close("state", pool[1], final, 1e-6)
 
 
 @given(

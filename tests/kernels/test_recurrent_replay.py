@@ -48,12 +48,11 @@ def test_any_schedule_follows_the_recurrence(calls: list[tuple[int, int]], chunk
         boundary = replay.next_boundary(boundary, position, chunk)
         position = position + accepted
     # Single outputs may cancel almost to nothing, so the scale is that of all of them.
-    # exp(-slope) in fp32 is off by up to 3e-8, which some hundred tokens multiply up.
-    assert worst <= 3e-5 * float(expected.square().mean().sqrt())
+    assert worst <= 1e-5 * float(expected.square().mean().sqrt())
     folded = int(boundary) - first
     assert folded % chunk == 0 and int(position) - int(boundary) < chunk + replay.MAX_QUERY
     _, state = reference.recurrence_fp64(*reference.split_packed(qkv[:folded], "silu"), SLOPES, start[1])
-    assert (pool[1] - state).norm() <= 5e-6 * state.norm()
+    assert (pool[1] - state).norm() <= 1e-6 * state.norm()
     assert torch.equal(pool[0], start[0])
 
 
