@@ -16,11 +16,10 @@ from typing import Any
 from minimax_plugin.architecture import Architecture, TensorSpec
 from minimax_plugin.checkpoint import (
     INDEX_FILE,
-    SINGLE_FILE,
     CheckpointError,
     Fault,
-    check_files,
     read_safetensors_header,
+    require_sound_files,
 )
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_TRAINS
 
@@ -46,9 +45,7 @@ class StrictLoadingMixin:
         """
         path = pretrained_model_name_or_path
         if isinstance(path, (str, os.PathLike)) and not kwargs.get("gguf_file") and not kwargs.get("variant"):
-            folder = Path(path, kwargs.get("subfolder") or "")
-            if (folder / INDEX_FILE).is_file() or (folder / SINGLE_FILE).is_file():
-                _raise_if(check_files(folder), folder)
+            require_sound_files(Path(path, kwargs.get("subfolder") or ""))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
 
     @staticmethod

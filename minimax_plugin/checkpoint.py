@@ -29,8 +29,11 @@ ORIGINAL_MODEL_TYPES = (*ORIGINAL_ARCHITECTURES.values(), "MiniMaxM1")
 #: ``dtype`` (``torch_dtype`` before transformers 5) of a config -> safetensors dtype.
 _SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64}
+#: Every dtype that safetensors 0.8 knows.
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
+_BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64}
 
 #: The safetensors format allows no larger header; a bigger number means that the file is something else.
 _MAX_HEADER_BYTES = 100_000_000
@@ -123,16 +126,24 @@ def require_complete(directory: str | Path) -> CheckpointReport:
     return report
 
 
-def check_files(directory: str | Path) -> list[Fault]:
+def require_sound_files(directory: str | Path) -> None:
     """Check the files of a checkpoint directory against each other, not against any architecture.
 
-    Every shard that the index names is there and whole, and holds the tensors that the index places in it.
+    Every shard that the index names is there and whole, and holds the tensors that the index places in it. A path
+    without safetensors files of the usual names (a repository id, another format) is nothing to check.
+
+    Raises:
+        CheckpointError: with one line per fault.
     """
+    directory = Path(directory)
+    if not ((directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file()):
+        return
     faults: list[Fault] = []
-    weight_map, _ = _read_index(Path(directory), faults)
+    weight_map, _ = _read_index(directory, faults)
     if weight_map is not None:
-        _read_shards(Path(directory), weight_map, faults)
-    return faults
+        _read_shards(directory, weight_map, faults)
+    if faults:
+        raise CheckpointError(directory, faults)
 
 
 def read_safetensors_header(path: str | Path) -> dict[str, TensorSpec]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +42,17 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, Architecture
+from minimax_plugin.checkpoint import require_sound_files
+from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
 from minimax_plugin.vllm_model.compat import MambaStateCopyFuncCalculator
 from minimax_plugin.vllm_model.experts import SharedExpert, SharedExpertCoefficient, SparseExperts
 from minimax_plugin.vllm_model.lightning import LightningAttention
 from minimax_plugin.vllm_model.settings import ModelSettings
 from minimax_plugin.vllm_model.weights import NAME_MAPPER, WeightLedger
+
+if TYPE_CHECKING:
+    from minimax_plugin.vllm_model.model_state import LightningModelState
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +122,7 @@ class MiniMaxModel(nn.Module):
         settings = ModelSettings.from_config(vllm_config.model_config.hf_config)
         architecture = settings.architecture
         architecture.check_tensor_parallel(get_tensor_model_parallel_world_size())
+        compat.require_splitting_op(vllm_config, compat.LIGHTNING_OP)
         # vLLM's weight loader looks for it here and on the causal model.
         self.quant_config = vllm_config.quant_config
         self.embed_tokens = VocabParallelEmbedding(
@@ -226,6 +232,13 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         """How prefix caching copies a state between blocks."""
         return MambaStateCopyFuncCalculator.linear_attention_state_copy_func()
 
+    @staticmethod
+    def get_model_state_cls() -> type[LightningModelState]:
+        """Asked for by Model Runner V2 only, whose modules are imported here for that reason."""
+        from minimax_plugin.vllm_model.model_state import LightningModelState
+
+        return LightningModelState
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_input_ids(input_ids)
 
@@ -261,9 +274,11 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
             vLLM's names of the parameters that were loaded.
 
         Raises:
-            ValueError: a tensor has a wrong shape or dtype, a file is damaged, or, when vLLM starts from a checkpoint,
-                a tensor is missing.
+            ValueError: a tensor has a wrong shape or dtype or comes twice, or, when vLLM starts from a checkpoint, a
+                tensor is missing, a file is damaged or the index contradicts the files.
         """
+        if self._expects_whole_checkpoint:
+            require_sound_files(self._source)
         ledger = WeightLedger(self.architecture, quantized=self.quant_config is not None, source=self._source)
         loaded = AutoWeightsLoader(self).load_weights(ledger.watch(weights), mapper=self.hf_to_vllm_mapper)
         if self._expects_whole_checkpoint:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoint names of either backend to vLLM's modules, and the check that a checkpoint was whole.
 
-vLLM notices a parameter that was never touched, but all experts of a layer share two parameters: a missing expert, or a
-missing shard of a checkpoint, would leave uninitialised weights without a word.
+vLLM notices a parameter that was never touched, but all experts of a layer share two parameters: a missing expert would
+leave uninitialised weights without a word. It also reads every safetensors file of a folder without an index, and a
+tensor that two of them hold takes the value that comes last.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +17,6 @@ from torch import Tensor
 from vllm.model_executor.models.utils import WeightsMapper
 
 from minimax_plugin.architecture import Architecture
-from minimax_plugin.checkpoint import check_files
 
 #: Original names, names of converted (``-hf``) checkpoints, and the names that transformers holds in memory, which is
 #: what a trainer sends one by one. Patterns carry no trailing dot, so they also rewrite the module names in LoRA
@@ -57,7 +56,7 @@ class WeightLedger:
     Args:
         architecture: of the model.
         quantized: the checkpoint may hold packed weights under other names, of other shapes and dtypes.
-        source: where the checkpoint is, for messages and for naming the file at fault if it is a directory.
+        source: where the checkpoint is, for messages.
     """
 
     def __init__(self, architecture: Architecture, *, quantized: bool, source: str) -> None:
@@ -65,23 +64,30 @@ class WeightLedger:
         self._num_experts = architecture.num_local_experts
         self._quantized = quantized
         self._source = source
+        self._names: set[str] = set()
         self._seen: set[str] = set()
 
     def watch(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass ``(name, tensor)`` pairs through, checked.
 
         Raises:
-            ValueError: a tensor has another shape or an unusable dtype, or a file cannot be read.
+            ValueError: a tensor has another shape or an unusable dtype or comes twice, or a file cannot be read.
         """
         try:
             for name, tensor in weights:
+                if name in self._names:
+                    raise ValueError(
+                        f"tensor {name} of the checkpoint {self._source} comes twice; remove the files that "
+                        "do not belong to it"
+                    )
+                self._names.add(name)
                 original = name.replace(".mlp.", ".block_sparse_moe.")
                 if not self._quantized:
                     self._check(name, original, tensor)
                 self._record(original)
                 yield name, tensor
         except SafetensorError as error:
-            raise ValueError(f"cannot read the checkpoint {self._source}: {error}{self._faults()}") from error
+            raise ValueError(f"cannot read the checkpoint {self._source}: {error}") from error
 
     def require_complete(self, is_elsewhere: Callable[[str], bool]) -> None:
         """Raise ValueError naming the tensors that never came.
@@ -94,7 +100,7 @@ class WeightLedger:
             shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
             raise ValueError(
                 f"the checkpoint {self._source} lacks {len(missing)} of the {len(self._specs)} tensors of this model: "
-                f"{shown}{self._faults()}"
+                f"{shown}"
             )
 
     def _check(self, name: str, original: str, tensor: Tensor) -> None:
@@ -116,9 +122,3 @@ class WeightLedger:
             return
         parts = ("w1", "w3") if fused.group(2) == "gate_up_proj" else ("w2",)
         self._seen.update(f"{fused.group(1)}.{expert}.{part}" for expert in range(self._num_experts) for part in parts)
-
-    def _faults(self) -> str:
-        """What the files themselves show, one line each; empty if the source is not a local directory."""
-        if not Path(self._source).is_dir():
-            return ""
-        return "".join(f"\n  {fault}" for fault in check_files(self._source)[:_SHOWN])

@@ -6,18 +6,19 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from oracle import load_checkpoint
+from oracle import load_checkpoint, write_checkpoint
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from minimax_plugin.architecture import Architecture  # noqa: E402
+from minimax_plugin.checkpoint import CheckpointError  # noqa: E402
 from minimax_plugin.vllm_model.weights import WeightLedger  # noqa: E402
 
 
@@ -79,6 +80,7 @@ def test_every_released_tensor_reaches_a_parameter(checkpoint_dir: Path, distrib
     specs = Architecture.from_config(config.model_config.hf_config).tensors()
     assert len(index) == 8_243 and index.keys() == specs.keys()
     weights = ((name, torch.empty(specs[name].shape, dtype=torch.bfloat16, device="meta")) for name in index)
+    model._source = "the released checkpoint"  # whose shards are not here
     loaded = _load(model, weights, whole=True)
     # 0.31 reports experts by the name of the module around the one that owns them.
     names = {name.replace(".routed_experts.", ".") for name in loaded}
@@ -161,30 +163,63 @@ def test_a_wrong_dtype_is_named(tiny_model: Any, original: dict[str, Tensor]) ->
         _load(tiny_model, [(name, original[name].to(torch.int8))])
 
 
-def test_a_truncated_shard_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def _remove(shard: Path) -> None:
+    shard.unlink()
+
+
+def _truncate(shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def _name_absent_tensor(shard: Path) -> None:
+    path = shard.with_name("model.safetensors.index.json")
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.extra.weight"] = shard.name
+    path.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove, "found no such file"),
+        (_truncate, "found .* truncated"),
+        (_name_absent_tensor, "tensor model.extra.weight: found no such tensor"),
+    ],
+)
+def test_damaged_files_are_named_before_anything_is_loaded(
+    damage: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    tiny_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_checkpoint(tmp_path, *load_checkpoint(tiny_checkpoint), num_shards=3)
+    shard = tmp_path / "model-00002-of-00003.safetensors"
+    damage(shard)
+    monkeypatch.setattr(tiny_model, "_source", str(tmp_path))
+    with pytest.raises(CheckpointError, match=f"{shard.name}: {message}"):
+        _load(tiny_model, [], whole=True)
+
+
+def test_a_file_that_breaks_off_is_an_error(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Where the files are not in a local folder, only the reader of vLLM notices."""
     from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
-    config, _ = load_checkpoint(tiny_checkpoint)
     whole = (tiny_checkpoint / "model.safetensors").read_bytes()
-    (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    ledger = WeightLedger(Architecture.from_config(config), quantized=False, source=str(tmp_path))
+    config, _ = load_checkpoint(tiny_checkpoint)
+    ledger = WeightLedger(Architecture.from_config(config), quantized=False, source="some/repository")
     weights = safetensors_weights_iterator([str(tmp_path / "model.safetensors")], use_tqdm_on_load=False)
-    with pytest.raises(ValueError, match=r"cannot read the checkpoint(?s:.*)model.safetensors: found .* truncated"):
+    with pytest.raises(ValueError, match="cannot read the checkpoint some/repository"):
         list(ledger.watch(weights))
 
 
-def test_a_missing_shard_is_named(tmp_path: Path, tiny_checkpoint: Path) -> None:
-    from oracle import write_checkpoint
-
-    config, tensors = load_checkpoint(tiny_checkpoint)
-    write_checkpoint(tmp_path, config, tensors, num_shards=3)
-    (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    _, present = load_checkpoint(tmp_path)
-    ledger = WeightLedger(Architecture.from_config(config), quantized=False, source=str(tmp_path))
-    list(ledger.watch(present.items()))
-    with pytest.raises(ValueError, match=r"lacks \d+ of the (?s:.*)model-00002-of-00003.safetensors: found no such"):
-        ledger.require_complete(lambda name: False)
+def test_a_tensor_that_comes_twice_is_named(tiny_model: Any, original: dict[str, Tensor]) -> None:
+    """vLLM reads all safetensors files of a folder without an index, stale ones too."""
+    name = "model.layers.0.self_attn.out_proj.weight"
+    with pytest.raises(ValueError, match=f"tensor {re.escape(name)} of the checkpoint .* comes twice"):
+        _load(tiny_model, [*original.items(), (name, original[name])])
 
 
 def test_tensors_of_other_ranks_are_not_missed(tiny_checkpoint: Path) -> None:
