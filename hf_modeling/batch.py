@@ -124,7 +124,7 @@ def find_document_bounds(
         batch_size, length: B and T.
 
     Raises:
-        ValueError: ``cu_seq_lens`` with more than one row, or bounds that do not end at T.
+        ValueError: ``cu_seq_lens`` with more than one row, or bounds that decrease or do not end at T.
     """
     if cu_seq_lens is not None:
         if batch_size != 1:
@@ -132,6 +132,8 @@ def find_document_bounds(
         bounds = [int(bound) for bound in cu_seq_lens.tolist()]
         if bounds[0] != 0 or bounds[-1] != length:
             raise ValueError(f"cu_seq_lens_q runs from {bounds[0]} to {bounds[-1]}, expected from 0 to {length} tokens")
+        if any(start > stop for start, stop in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"cu_seq_lens_q decreases somewhere: {bounds}")
         return bounds if len(bounds) > 2 else None
     if position_ids is None or length == 1:
         return None
@@ -141,6 +143,45 @@ def find_document_bounds(
         return None
     first = {row * length for row in range(batch_size)}
     return sorted(first | {row * length + column + 1 for row, column in places}) + [batch_size * length]
+
+
+def check_unpacked(position_ids: Tensor, mask: Tensor) -> None:
+    """Refuse positions that start a new document between two tokens of a row that comes with a mask.
+
+    Neither kind of layer would cut the row there. Jumps at padding are no documents.
+
+    Args:
+        position_ids: [B, T] or [1, T].
+        mask: [B, T], zero for padding.
+
+    Raises:
+        ValueError: names the first such place.
+    """
+    tokens = mask.to(position_ids.device) != 0
+    positions = position_ids.expand(tokens.shape)
+    places = ((positions.diff(dim=1) != 1) & tokens[:, 1:] & tokens[:, :-1]).nonzero()
+    if places.shape[0]:
+        row, column = places[0].tolist()
+        before, after = positions[row, column : column + 2].tolist()
+        raise ValueError(
+            f"row {row} of position_ids goes from {before} to {after} at token {column + 1}, but an attention_mask is "
+            "given: to pack documents, pass position_ids without a mask; otherwise count up by one"
+        )
+
+
+def flash_attention_bounds(bounds: Sequence[int], device: torch.device) -> dict[str, Any]:
+    """Bounds of packed documents in the flattened ``[B * T]`` as the FlashAttention interface takes them.
+
+    It builds no mask, and by itself reads bounds out of ``position_ids`` only where the batch is one row.
+    """
+    cu_seq_lens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    longest = max(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+    return {
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
 
 
 def positions_from_bounds(bounds: Sequence[int], batch_size: int, length: int, device: torch.device) -> Tensor:

@@ -23,7 +23,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 
-from minimax_plugin.hf_modeling.batch import LightningBatch, find_document_bounds, positions_from_bounds
+from minimax_plugin.hf_modeling.batch import (
+    LightningBatch,
+    check_unpacked,
+    find_document_bounds,
+    flash_attention_bounds,
+    positions_from_bounds,
+)
 from minimax_plugin.hf_modeling.cache import adopt_cache
 from minimax_plugin.hf_modeling.compat import OutputRecorder, capture_outputs, merge_with_config_defaults
 from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config, MiniMaxText01Config
@@ -42,6 +48,9 @@ from minimax_plugin.hf_modeling.layers import (
 )
 from minimax_plugin.hf_modeling.loading import StrictLoadingMixin
 from minimax_plugin.hf_modeling.weight_mapping import IGNORED_CHECKPOINT_KEYS
+
+#: torch's grouped matmul takes rows of a multiple of 16 bytes, 8 values of bf16.
+GROUPED_MM_MULTIPLE = 8
 
 
 class MiniMaxM1DecoderLayer(GradientCheckpointingLayer):
@@ -113,6 +122,13 @@ class MiniMaxM1PreTrainedModel(StrictLoadingMixin, PreTrainedModel):
         # and would quietly run one expert after the other.
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """One expert after the other where torch's grouped matmul refuses the sizes and the user chose nothing."""
+        sizes = (self.config.hidden_size, self.config.intermediate_size)
+        if requested_experts is None and any(size % GROUPED_MM_MULTIPLE for size in sizes):
+            return "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -166,7 +182,7 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
             cu_seq_lens_q: [N + 1] bounds of the documents of one row, as FlashAttention takes them.
 
         Raises:
-            ValueError: inputs that contradict each other, or a mask with more than two dimensions.
+            ValueError: inputs that contradict each other, or a mask of another shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
@@ -178,8 +194,7 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         if bounds is not None:
             attention_mask, use_cache = None, False
             document_positions = positions_from_bounds(bounds, batch_size, length, embeds.device)
-        if cu_seq_lens_q is not None:
-            kwargs["cu_seq_lens_q"] = cu_seq_lens_q
+            kwargs |= flash_attention_bounds(bounds, embeds.device)
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -187,6 +202,8 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         if past_key_values is not None:
             adopt_cache(past_key_values, self.layer_types)
             past_length = past_key_values.get_seq_length()
+        if isinstance(attention_mask, Tensor) and not torch.compiler.is_compiling():
+            self._check_mask(attention_mask, (batch_size, length), int(past_length), position_ids)
         if position_ids is None:
             positions = torch.arange(length, device=embeds.device).unsqueeze(0) + past_length
             position_ids = positions if document_positions is None else document_positions
@@ -234,6 +251,23 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
             raise ValueError("packed documents take no attention_mask; leave padding out of cu_seq_lens_q")
         return bounds
 
+    @staticmethod
+    def _check_mask(mask: Tensor, new: tuple[int, int], past_length: int, position_ids: Tensor | None) -> None:
+        """Refuse a mask that does not say of every cached and new token of ``new`` = (B, T) whether it is padding."""
+        if mask.dim() != 2:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected [batch, tokens]: lightning layers "
+                "cannot apply a mask between pairs of tokens. To pack documents, pass position_ids without a mask"
+            )
+        batch_size, length = new
+        if mask.shape != (batch_size, past_length + length):
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}, expected {(batch_size, past_length + length)}: "
+                f"{past_length} cached and {length} new tokens"
+            )
+        if position_ids is not None and past_length == 0:
+            check_unpacked(position_ids, mask)
+
     def _masks(
         self,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
@@ -244,11 +278,6 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         """The mask of the softmax layers as their backend takes it, and the mask [B, T] of the lightning layers."""
         if isinstance(attention_mask, dict):
             return attention_mask.get("full_attention"), attention_mask.get("linear_attention")
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, tokens]: lightning layers "
-                "cannot apply a mask between pairs of tokens. To pack documents, pass position_ids without a mask"
-            )
         softmax_mask = None
         if "full_attention" in self.layer_types:
             softmax_mask = create_causal_mask(

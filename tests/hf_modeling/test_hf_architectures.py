@@ -49,6 +49,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "shared-softmax": {"shared_intermediate_size": 56, "shared_moe_mode": "softmax"},
     "other-eps": {"rms_norm_eps": 1e-3},
     "no-grouped-queries": {"num_key_value_heads": 4},
+    "odd-sizes": {"hidden_size": 47, "intermediate_size": 39, "head_dim": 20, "rotary_dim": 2, "vocab_size": 129},
+    "every-expert": {"num_experts_per_tok": 4, "num_key_value_heads": 1},
+    "one-head": {"num_attention_heads": 1, "num_key_value_heads": 1, "attn_type_list": [0, 1, 1, 0]},
 }
 
 

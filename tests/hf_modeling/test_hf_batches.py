@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hf_helpers import assert_matches_oracle, make_pair, random_ids, relative_error, states_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, OracleCache
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from minimax_plugin.hf_modeling.batch import LightningBatch
 
@@ -147,6 +152,49 @@ def test_packed_rows_of_a_batch(pair: tuple[PreTrainedModel, Oracle]) -> None:
         assert (logits[row] - expected).abs().max() <= 1e-3
 
 
+def test_flash_attention_is_told_the_bounds_of_packed_rows(pair: tuple[PreTrainedModel, Oracle]) -> None:
+    """FlashAttention takes no mask, and reads ``position_ids`` for bounds only where the batch is one row."""
+    model, oracle = pair
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        bounds = kwargs["cu_seq_lens_q"]
+        assert mask is None and bounds.dtype == torch.int32
+        assert torch.equal(bounds, kwargs["cu_seq_lens_k"])
+        assert kwargs["max_length_q"] == kwargs["max_length_k"] == bounds.diff().max()
+        batch_size, _, length, _ = query.shape
+        groups = query.shape[1] // key.shape[1]
+        q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1) for x in (query, key, value))
+        parts = [
+            scaled_dot_product_attention(
+                q[:, a:b],
+                k[:, a:b].repeat_interleave(groups, 0),
+                v[:, a:b].repeat_interleave(groups, 0),
+                is_causal=True,
+                scale=scaling,
+            )
+            for a, b in zip(bounds.tolist(), bounds.tolist()[1:], strict=False)
+        ]
+        return torch.cat(parts, dim=1).transpose(0, 1).unflatten(0, (batch_size, length)), None
+
+    AttentionInterface.register("packed_stand_in", attend)
+    lengths = [[12, 28], [40]]
+    ids = random_ids(2, 40)
+    position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    model.set_attn_implementation("packed_stand_in")
+    try:
+        with torch.no_grad():
+            logits = model(ids, position_ids=position_ids).logits
+            alone = model(ids[:1], cu_seq_lens_q=torch.tensor([0, 12, 40])).logits
+    finally:
+        model.set_attn_implementation("sdpa")
+    for row, parts in enumerate(lengths):
+        expected = torch.cat([oracle(part.tolist()).logits for part in ids[row].split(parts)])
+        assert (logits[row] - expected).abs().max() <= 1e-3
+        assert row or (alone[0] - expected).abs().max() <= 1e-3
+
+
 def test_packed_documents_with_a_cache_are_refused(pair: tuple[PreTrainedModel, Oracle]) -> None:
     model = pair[0]
     with pytest.raises(ValueError, match="packed documents cannot continue a cache"):
@@ -171,14 +219,51 @@ def test_packed_documents_with_a_cache_are_refused(pair: tuple[PreTrainedModel, 
             "packed documents take no attention_mask",
         ),
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
+        (
+            {
+                "attention_mask": torch.ones(2, 6),
+                "position_ids": torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 0, 1, 2, 3]]),
+            },
+            "row 1 of position_ids goes from 1 to 0 at token 2, but an attention_mask is given",
+        ),
+        ({"attention_mask": torch.ones(1, 6)}, r"attention_mask has shape \(1, 6\), expected \(2, 6\)"),
+        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask has shape \(2, 9\), expected \(2, 6\)"),
+        (
+            {"input_ids": random_ids(1, 6), "cu_seq_lens_q": torch.tensor([0, 4, 2, 6])},
+            r"cu_seq_lens_q decreases somewhere: \[0, 4, 2, 6\]",
+        ),
     ],
-    ids=["4d-mask", "cu_seq_lens-of-a-batch", "cu_seq_lens-and-padding", "no-input"],
+    ids=[
+        "4d-mask",
+        "cu_seq_lens-of-a-batch",
+        "cu_seq_lens-and-padding",
+        "no-input",
+        "packed-rows-with-a-mask",
+        "mask-of-one-row",
+        "mask-too-long",
+        "decreasing-bounds",
+    ],
 )
 def test_contradicting_inputs_are_refused(
     pair: tuple[PreTrainedModel, Oracle], inputs: dict[str, Tensor | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pair[0](**({"input_ids": random_ids(2, 6)} | inputs))
+
+
+@pytest.mark.parametrize(
+    "make_cache", [DynamicCache, partial(StaticCache, max_cache_len=12)], ids=["dynamic", "static"]
+)
+@pytest.mark.parametrize("width", [4, 12], ids=["new-tokens-only", "whole-cache"])
+def test_mask_that_does_not_cover_the_cached_tokens_is_refused(
+    pair: tuple[PreTrainedModel, Oracle], make_cache: Callable[..., Cache], width: int
+) -> None:
+    model = pair[0]
+    ids, cache = random_ids(2, 10), make_cache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match=rf"\(2, {width}\), expected \(2, 10\): 6 cached and 4 new"):
+            model(ids[:, 6:], attention_mask=torch.ones(2, width), past_key_values=cache)
 
 
 def test_bounds_that_miss_tokens_are_refused(pair: tuple[PreTrainedModel, Oracle]) -> None:
