@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minimax_plugin.architecture import Architecture, codes_from_layer_types, layer_types_from_codes
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_PLAN
@@ -23,7 +24,10 @@ RELEASED_PERIOD = 8
 #: Parallel style of the norm that spans all heads of a lightning layer, registered by :mod:`.parallel`.
 LIGHTNING_NORM_STYLE = "minimax_lightning_norm"
 
-_ALIGNED_FIELDS = ("num_hidden_layers", "rotary_dim")
+_ALIGNED_FIELDS = ("num_hidden_layers", "head_dim", "rotary_dim")
+
+#: How the logits are computed: in fp32, or in the dtype of the model.
+_HEAD_DTYPES = ("float32", "model")
 
 
 @strict
@@ -153,6 +157,8 @@ class MiniMaxM1Config(PreTrainedConfig):
             raise ValueError(f"hidden_act is {self.hidden_act!r}, expected 'silu', the only activation of this family")
         if self.sliding_window is not None:
             raise ValueError(f"sliding_window is {self.sliding_window!r}, expected null: softmax layers see everything")
+        if self.head_dtype not in _HEAD_DTYPES:
+            raise ValueError(f"head_dtype is {self.head_dtype!r}, expected 'float32' or 'model' (that of the weights)")
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}, expected a positive number")
         for name in ("attention_dropout", "router_jitter_noise"):
@@ -163,6 +169,7 @@ class MiniMaxM1Config(PreTrainedConfig):
                 name = f"layernorm_{part}_{factor}"
                 if not math.isfinite(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)!r}, expected a finite number")
+        self._check_rope()
         return architecture
 
     @property
@@ -187,6 +194,8 @@ class MiniMaxM1Config(PreTrainedConfig):
         self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": value}
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if key == "rope_parameters":
+            value = self._completed(value)
         super().__setattr__(key, value)
         if key in _ALIGNED_FIELDS:
             self._align(key)
@@ -207,12 +216,7 @@ class MiniMaxM1Config(PreTrainedConfig):
         kwargs["partial_rotary_factor"] = self._rotary_factor()
         kwargs = super().convert_rope_params_to_dict(**kwargs)
         kwargs.pop("partial_rotary_factor", None)
-        stated = self.rope_parameters["partial_rotary_factor"]
-        if round(stated * self.head_dim) != self.rotary_dim:
-            raise ValueError(
-                f"rope_parameters['partial_rotary_factor'] = {stated} rotates {round(stated * self.head_dim)} of "
-                f"{self.head_dim} dimensions, but rotary_dim = {self.rotary_dim}; state one of them"
-            )
+        self._check_rope()
         self.rope_parameters["partial_rotary_factor"] = self._rotary_factor()
         return kwargs
 
@@ -241,6 +245,31 @@ class MiniMaxM1Config(PreTrainedConfig):
         factor = self.rotary_dim / self.head_dim
         return factor if int(factor * self.head_dim) == self.rotary_dim else math.nextafter(factor, 1.0)
 
+    def _check_rope(self) -> None:
+        parameters = self.rope_parameters or {}
+        if not {"rope_type", "partial_rotary_factor"} <= parameters.keys():
+            return  # Not completed yet.
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if parameters["rope_type"] not in known:
+            raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected one of {', '.join(known)}")
+        stated = parameters["partial_rotary_factor"]
+        if round(stated * self.head_dim) != self.rotary_dim:
+            raise ValueError(
+                f"rope_parameters['partial_rotary_factor'] = {stated} rotates {round(stated * self.head_dim)} of "
+                f"{self.head_dim} dimensions, but rotary_dim = {self.rotary_dim}; state one of them"
+            )
+
+    def _completed(self, rope_parameters: Any) -> Any:
+        """Other rotary parameters for a finished config, with what they leave out taken from the present ones.
+
+        Without the rotated share of the head the scaled variants of transformers would rotate all of it.
+        """
+        present = self.__dict__.get("rope_parameters") or {}
+        kept = {key: present[key] for key in ("rope_theta", "partial_rotary_factor") if key in present}
+        if not isinstance(rope_parameters, dict) or len(kept) < 2:
+            return rope_parameters
+        return {"rope_type": rope_parameters.get("type", "default")} | kept | rope_parameters
+
     def _align(self, key: str) -> None:
         """Keep derived fields in step with one that is assigned after construction.
 
@@ -252,7 +281,9 @@ class MiniMaxM1Config(PreTrainedConfig):
             codes = fields.get("attn_type_list")
             if codes and fields[key] < len(codes):
                 self.attn_type_list = codes[: fields[key]]
-        elif (fields.get("rope_parameters") or {}).get("partial_rotary_factor") is not None and fields[key] is not None:
+        elif not (fields.get("rotary_dim") and fields.get("head_dim")):
+            return  # Not resolved yet, or refused by check().
+        elif (fields.get("rope_parameters") or {}).get("partial_rotary_factor") is not None:
             self.rope_parameters = {**fields["rope_parameters"], "partial_rotary_factor": self._rotary_factor()}
 
 
