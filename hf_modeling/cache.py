@@ -140,8 +140,10 @@ class LightningCacheLayer(LinearAttentionLayer):
         if cut > 0:
             head_mask, tail_mask = (None, None) if batch.mask is None else (batch.mask[:, :cut], batch.mask[:, cut:])
             head = _replay(states, qkv[:, :cut], head_mask, slopes)
-            self._snapshot, self._tail = states.clone(), [(qkv[:, cut:], tail_mask)]
-            return torch.cat([head, _replay(states, qkv[:, cut:], tail_mask, slopes)], dim=1)
+            # Copied: a view would keep the projections of the whole prompt in memory.
+            tail = qkv[:, cut:].clone()
+            self._snapshot, self._tail = states.clone(), [(tail, tail_mask)]
+            return torch.cat([head, _replay(states, tail, tail_mask, slopes)], dim=1)
         if self._snapshot is None:
             self._snapshot = states.clone()
         self._drop_oldest(self.tail_length + qkv.shape[1] - self.MAX_TAIL, self._snapshot, slopes)

@@ -115,17 +115,19 @@ def test_reset_forgets_everything(model: PreTrainedModel, ids: Tensor) -> None:
         assert torch.equal(model(ids[:, :50], past_key_values=cache).logits, first)
 
 
-def test_compiled_decode_is_one_graph(model: PreTrainedModel) -> None:
+def test_compiled_decode_is_one_graph(tmp_path: Path) -> None:
+    model, _ = make_pair(tmp_path)  # One that has made none of its constants yet.
     ids = random_ids(1, 20)
     cache = StaticCache(config=model.config, max_cache_len=64)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        model(ids[:, :17], past_key_values=cache)
-        for position in range(17, 20):
+        steps = []
+        for position in range(20):
             position_ids = torch.tensor([[position]])
-            step = compiled(ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids).logits
-            assert (step[:, 0] - expected[:, position]).abs().max() <= 1e-3
+            output = compiled(ids[:, position : position + 1], past_key_values=cache, position_ids=position_ids)
+            steps.append(output.logits)
+        torch.compiler.reset()
+        assert (torch.cat(steps, dim=1) - model(ids, use_cache=False).logits).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("removed", [1, 3, 10])
@@ -146,6 +148,21 @@ def test_crop_takes_tokens_back(
         assert cache.get_seq_length() == total - removed
         again = model(ids[:, total - removed :], past_key_values=cache).logits
     assert (again - reference[:, total - removed :]).abs().max() <= 1e-3
+
+
+def test_recording_keeps_no_more_than_the_tail(model: PreTrainedModel, ids: Tensor) -> None:
+    """A view of the last tokens would keep the projections of the whole prompt in memory."""
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :5], past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.tail_length == LightningCacheLayer.MAX_TAIL
+    kept = sum(qkv.untyped_storage().nbytes() for qkv, _ in layer._tail)
+    per_token = layer._tail[0][0][:, 0].numel() * layer._tail[0][0].element_size()
+    # The oldest of the first part fall out one step at a time; their memory goes with the part.
+    assert kept <= (LightningCacheLayer.MAX_TAIL + 5) * per_token
 
 
 def test_crop_refuses_what_it_cannot_take_back(model: PreTrainedModel, ids: Tensor) -> None:
@@ -192,6 +209,53 @@ def test_gradients_run_through_the_cached_state(model: PreTrainedModel) -> None:
         logits[0, -1].square().sum().backward()
         grads.append(leaf.grad)
     assert relative_error(grads[1], grads[0]) <= 1e-4
+
+
+def test_rows_can_be_repeated_and_selected(model: PreTrainedModel, ids: Tensor, reference: Tensor) -> None:
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        cache.crop(-2)
+        logits = model(ids[:, 18:30].flip(0), past_key_values=cache).logits
+    assert (logits - reference[:, 18:30].flip(0)).abs().max() <= 1e-3
+
+
+def test_state_is_visible_to_transformers(model: PreTrainedModel, ids: Tensor) -> None:
+    """transformers sets these for models with a convolution; unset, it hides states and moves them to no device."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+    layer = cache.layers[0]
+    assert (layer.has_previous_state[0], layer.dtype, layer.device) == (True, torch.float32, model.device)
+    states = layer.recurrent_states[0].clone()
+    layer.offload()
+    layer.prefetch()
+    assert torch.equal(layer.recurrent_states[0], states)
+    cache.reset()
+    assert not layer.has_previous_state[0]
+
+
+def test_static_cache_with_padding_and_again_with_another_batch(model: PreTrainedModel) -> None:
+    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :9] = 0
+    expected = greedy(model, ids, attention_mask=mask)
+    assert greedy(model, ids, attention_mask=mask, cache_implementation="static") == expected
+    ids = random_ids(3, 30)
+    assert greedy(model, ids, cache_implementation="static") == greedy(model, ids)
+
+
+def test_caches_of_a_model_without_softmax_layers(tmp_path: Path) -> None:
+    """Nothing but the lightning layers can tell how long the sequence is."""
+    model, oracle = make_pair(tmp_path, num_hidden_layers=3, attn_type_list=[0, 0, 0])
+    ids = random_ids(1, 12).repeat(1, 30)
+    expected = [oracle.greedy(ids[0].tolist(), 16)]
+    assert greedy(model, ids, cache_implementation="static") == expected
+    assert greedy(model, ids, prompt_lookup_num_tokens=4) == expected
+    assert greedy(model, ids, assistant_model=model) == expected
+    assert greedy(model, ids, num_beams=3) == greedy(model, ids, num_beams=3, use_cache=False)
 
 
 def test_cache_of_another_model_is_refused(model: PreTrainedModel) -> None:
