@@ -188,11 +188,12 @@ class MiniMaxM1LightningAttention(nn.Module):
         if device in self._slopes:
             return self._slopes[device]
         values = self.norm.head_shard.take(self.slope_values) if self.norm.head_shard else self.slope_values
-        slopes = torch.tensor(values, dtype=torch.float32, device=device)
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             # A tensor made while tracing belongs to the trace and must not be kept.
-            self._slopes[device] = slopes
-        return slopes
+            return torch.tensor(values, dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # One made in that mode could not be kept for a later backward.
+            self._slopes[device] = torch.tensor(values, dtype=torch.float32, device=device)
+        return self._slopes[device]
 
 
 class MiniMaxM1TopKRouter(nn.Module):

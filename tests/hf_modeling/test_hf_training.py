@@ -58,6 +58,16 @@ def test_gradients_match_the_oracle(tmp_path: Path, experts: str, shared: int) -
     assert compared == len(list(model.parameters()))
 
 
+def test_trains_after_inference_mode(tmp_path: Path) -> None:
+    """Nothing made under inference mode may be kept for a later backward."""
+    model = load_fp32(write_checkpoint(tmp_path, tiny_config()))
+    ids = random_ids(1, 9)
+    with torch.inference_mode():
+        model(ids)
+    model.train()(ids, labels=ids).loss.backward()
+    assert len(named_gradients(model)) == len(list(model.parameters()))
+
+
 def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     model = load_fp32(write_checkpoint(tmp_path, tiny_config())).train()
     ids = random_ids(2, 40)
