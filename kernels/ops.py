@@ -8,9 +8,12 @@ Shapes: ``B`` batch, ``T`` tokens, ``H`` heads, ``D`` head_dim, ``N`` sequences,
 * :func:`lightning_prefill`, :func:`lightning_decode`, :func:`lightning_verify`: in place on a pool of slots (serving,
   and Hugging Face generation). A slot not above ``null_slot`` is padding: zeros are written to its output rows and no
   state is touched.
+* :func:`lightning_decode_replay`: decode and verify over a state that is rarely written and a ring of recent keys and
+  values, with :func:`prefer_replay`, :func:`replay_ring_rows` and :func:`next_boundary`.
 * :func:`segment_state` and :func:`combine_states`: states of stretches of one sequence and how they add up (context
   parallelism).
-* :func:`gated_rmsnorm`: the norm over all heads and the sigmoid gate that follow.
+* :func:`gated_rmsnorm`: the norm over all heads and the sigmoid gate that follow;
+  :func:`single_collective_projection`: with the output projection of split heads in one all-reduce.
 
 The recurrent state is fp32 ``[*, H, D_k, D_v]``, slopes are fp32 ``[H]``. Every function is one node for torch.compile.
 The backend is chosen by device: Triton kernels on CUDA and ROCm, the chunk loop of
@@ -26,7 +29,9 @@ from torch import Tensor
 
 from minimax_plugin.kernels import checks, custom_ops, norm, reference
 from minimax_plugin.kernels.dispatch import BACKEND_VARIABLE, lightning_backend
+from minimax_plugin.kernels.norm import single_collective_projection
 from minimax_plugin.kernels.plan import SEGMENT, LightningPlan, suggest_segment
+from minimax_plugin.kernels.replay import lightning_decode_replay, next_boundary, prefer_replay, replay_ring_rows
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -39,9 +44,14 @@ __all__ = [
     "lightning_attention_packed",
     "lightning_backend",
     "lightning_decode",
+    "lightning_decode_replay",
     "lightning_prefill",
     "lightning_verify",
+    "next_boundary",
+    "prefer_replay",
+    "replay_ring_rows",
     "segment_state",
+    "single_collective_projection",
     "suggest_segment",
 ]
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minimax_plugin.kernels import checks, reference
+from minimax_plugin.kernels.custom_ops import outside_autocast
 from minimax_plugin.kernels.dispatch import lightning_backend
 from minimax_plugin.kernels.launch_config import LAUNCH_OPTIONS, LaunchConfig, on_device
 from minimax_plugin.kernels.optional_triton import HAS_TRITON, tl, triton
@@ -90,8 +91,9 @@ def lightning_decode_replay(
         state_pool: [S, H, D, D] fp32, the states at their boundaries; folded in place.
         k_ring, v_ring: [S, R, H, D] in the dtype of qkv, contiguous, ``R >= replay_ring_rows(chunk, max_query)``.
         slot_ids: [N] int; a value not above ``null_slot`` is padding: zeros are written and nothing else is touched.
-        boundary: [N] int32, tokens that the state in the slot holds.
-        position: [N] int32, certain tokens before this call, ``0 <= position - boundary < 2 * chunk``.
+        boundary: [N] int32, tokens that the state in the slot holds, at least 0.
+        position: [N] int32, certain tokens before this call, ``0 <= position - boundary < 2 * chunk``; together with
+            the new tokens no more than R.
         cu_seqlens: [N + 1] int32 on the device; at most ``max_query`` tokens each. Rows of ``out`` past the last bound
             are set to zero.
         out: [T, H, D], written.
@@ -135,6 +137,7 @@ def lightning_decode_replay(
 @torch.library.custom_op(
     "minimax_plugin::lightning_decode_replay", mutates_args=("state_pool", "k_ring", "v_ring", "out", "sumsq")
 )
+@outside_autocast
 def _lightning_decode_replay(
     qkv: Tensor,
     slopes: Tensor,
@@ -154,7 +157,9 @@ def _lightning_decode_replay(
 ) -> None:
     arguments = (qkv, slopes, state_pool, k_ring, v_ring, slot_ids, boundary, position, cu_seqlens, out, sumsq)
     if qkv.device.type == "cpu":
-        _check_values(state_pool, slot_ids, boundary, position, cu_seqlens, out, chunk, max_query, null_slot)
+        checks.check_slope_values(slopes)
+        checks.check_slot_values("slot_ids", slot_ids.tolist(), state_pool.shape[0], null_slot)
+        _check_counts(slot_ids > null_slot, boundary, position, cu_seqlens, out, k_ring.shape[1], chunk, max_query)
     if lightning_backend(qkv.device) == "triton":
         launch(*arguments, chunk=chunk, max_query=max_query, activation=activation, null_slot=null_slot)
     else:
@@ -305,27 +310,31 @@ def _check(
             )
 
 
-def _check_values(
-    state_pool: Tensor,
-    slot_ids: Tensor,
+def _check_counts(
+    live: Tensor,
     boundary: Tensor,
     position: Tensor,
     cu_seqlens: Tensor,
     out: Tensor,
+    ring_rows: int,
     chunk: int,
     max_query: int,
-    null_slot: int,
 ) -> None:
-    checks.check_slot_values("slot_ids", slot_ids.tolist(), state_pool.shape[0], null_slot)
-    live = slot_ids > null_slot
-    tail = (position - boundary)[live].tolist()
-    if any(not 0 <= count < 2 * chunk for count in tail):
-        raise ValueError(f"position - boundary is {tail}, expected from 0 to below {2 * chunk}, twice the chunk")
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or bounds[-1] > out.shape[0] or any(not 0 <= length <= max_query for length in lengths):
         raise ValueError(
             f"cu_seqlens is {bounds}, expected to rise from 0 to at most {out.shape[0]} in steps of at most {max_query}"
+        )
+    if bool((boundary[live] < 0).any()):
+        raise ValueError(f"boundary is {boundary.tolist()}, expected none below 0")
+    tail, new = (position - boundary)[live].tolist(), cu_seqlens.diff()[live].tolist()
+    if any(not 0 <= count < 2 * chunk for count in tail):
+        raise ValueError(f"position - boundary is {tail}, expected from 0 to below {2 * chunk}, twice the chunk")
+    if any(old + count > ring_rows for old, count in zip(tail, new, strict=True)):
+        raise ValueError(
+            f"position - boundary is {tail} with {new} new tokens, expected together at most {ring_rows}, the rows of "
+            "a ring"
         )
 
 

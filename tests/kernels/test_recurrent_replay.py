@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minimax_plugin.kernels import reference, replay
+from minimax_plugin.kernels import ops, reference, replay
 
 HEADS, DIM = 2, 16
 SLOPES = torch.tensor([0.917, 4.95e-5])
@@ -93,15 +93,56 @@ def test_replay_is_a_well_formed_operator() -> None:
         ({"k_ring": torch.zeros(2, 31, HEADS, DIM, dtype=torch.bfloat16)}, "k_ring is torch.bfloat16"),
         ({"position": torch.tensor([32], dtype=torch.int32)}, r"position - boundary is \[32\], expected .* below 32"),
         ({"position": torch.tensor([-1], dtype=torch.int32)}, r"position - boundary is \[-1\]"),
+        ({"boundary": torch.tensor([-1], dtype=torch.int32)}, r"boundary is \[-1\], expected none below 0"),
+        ({"slopes": torch.tensor([0.917, 0.0])}, r"slopes are .*, expected every one positive"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, r"cu_seqlens is \[0, 4\], expected .* at most 3"),
         ({"slot_ids": torch.tensor([2])}, r"slot_ids holds \[2\], expected slots below 2"),
         ({"state_pool": torch.zeros(2, HEADS, DIM, DIM, dtype=torch.bfloat16)}, "state_pool is torch.bfloat16"),
     ],
-    ids=["chunk", "max_query", "ring-rows", "ring-dtype", "position-high", "position-low", "bounds", "slot", "state"],
+    ids=[
+        "chunk",
+        "max_query",
+        "ring-rows",
+        "ring-dtype",
+        "position-high",
+        "position-low",
+        "boundary",
+        "slopes",
+        "bounds",
+        "slot",
+        "state",
+    ],  # fmt: skip
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replay.lightning_decode_replay(**fresh_arguments() | change)
+
+
+def test_a_tail_that_its_ring_cannot_hold_is_refused() -> None:
+    """Positions that no series of calls of this size leads to: the oldest rows of the tail are overwritten already."""
+    ring = torch.zeros(2, replay.replay_ring_rows(16, 1), HEADS, DIM)
+    arguments = fresh_arguments(1) | {"k_ring": ring, "v_ring": ring.clone(), "max_query": 1}
+    replay.lightning_decode_replay(**arguments | {"position": torch.tensor([16], dtype=torch.int32)})
+    with pytest.raises(
+        ValueError, match=r"position - boundary is \[17\] with \[1\] new tokens, .* at most 17, the rows of a ring"
+    ):
+        replay.lightning_decode_replay(**arguments | {"position": torch.tensor([17], dtype=torch.int32)})
+
+
+def test_autocast_does_not_round_the_state() -> None:
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        arguments = fresh_arguments()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            replay.lightning_decode_replay(**arguments)
+        results.append(arguments["out"])
+    assert torch.equal(*results)
+
+
+def test_replay_is_public() -> None:
+    for name in ("lightning_decode_replay", "next_boundary", "prefer_replay", "replay_ring_rows"):
+        assert getattr(ops, name) is getattr(replay, name) and name in ops.__all__
 
 
 def test_rule_of_thumb_prefers_replay_for_many_states_only() -> None:
