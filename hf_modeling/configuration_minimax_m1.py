@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from minimax_plugin.architecture import Architecture, codes_from_layer_types, layer_types_from_codes
+from minimax_plugin.architecture import Architecture, codes_from_layer_types, layer_types_from_codes, rotary_factor
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_PLAN
 
 #: One softmax layer after every seven lightning layers in the released models.
@@ -241,9 +241,7 @@ class MiniMaxM1Config(PreTrainedConfig):
             raise ValueError(f"layer_types = {layer_types} contradicts attn_type_list = {self.attn_type_list}")
 
     def _rotary_factor(self) -> float:
-        """``rotary_dim / head_dim``, rounded so that readers who truncate ``head_dim * factor`` get ``rotary_dim``."""
-        factor = self.rotary_dim / self.head_dim
-        return factor if int(factor * self.head_dim) == self.rotary_dim else math.nextafter(factor, 1.0)
+        return rotary_factor(self.rotary_dim, self.head_dim)
 
     def _check_rope(self) -> None:
         parameters = self.rope_parameters or {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minimax_plugin.architecture import WHY_FP32_STATE
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PRECISIONS = ("default", "high")
@@ -89,10 +91,7 @@ def check_has_initial(has_initial: Tensor, num_sequences: int, device: torch.dev
 
 def check_state(name: str, state: Tensor, heads: int, head_dim: int, device: torch.device) -> None:
     if state.dtype != torch.float32:
-        raise ValueError(
-            f"{name} is {state.dtype}, expected torch.float32: a bf16 state reaches a relative error of 0.42 after "
-            "8,192 decode steps, an fp16 state 1.9e-2 (docs/kernels.md)"
-        )
+        raise ValueError(f"{name} is {state.dtype}, expected torch.float32: {WHY_FP32_STATE}")
     if state.dim() != 4 or state.shape[1:] != (heads, head_dim, head_dim):
         raise ValueError(f"{name} has shape {tuple(state.shape)}, expected [*, {heads}, {head_dim}, {head_dim}]")
     _check_device(name, state, device)

@@ -28,12 +28,11 @@ ORIGINAL_ARCHITECTURES: dict[str, str] = {
 #: default and not with ``rms_norm_eps`` (1e-5), which every other norm uses.
 LIGHTNING_NORM_EPS = 1e-6
 
-#: Dtype of the recurrent state. After 8,192 decode steps a bf16 state gives a relative output error of up to 0.42, an
-#: fp16 state 1.9e-2 and an fp32 state 4.4e-5 (docs/kernels.md).
-STATE_DTYPE = "float32"
-
-#: Dtype of the router weight and of the router logits. A bf16 router picks other experts for about 1 % of the tokens.
-ROUTER_DTYPE = "float32"
+#: Why the recurrent state is fp32 in both backends, for the message that refuses another dtype (docs/kernels.md).
+WHY_FP32_STATE = (
+    "after 8,192 decode steps a bfloat16 lightning state has a relative output error of up to 0.42 and a float16 state "
+    "of 1.9e-2, float32 stays below 4.4e-5"
+)
 
 #: How the output of a shared expert is mixed in, by ``shared_moe_mode``.
 SHARED_MOE_MODES = ("sigmoid", "softmax")
@@ -132,6 +131,12 @@ def lightning_slopes(
     factor = 1.0 - depth + 1e-5
     local = num_heads // tp_size
     return [_to_fp32(slope * factor) for slope in head_slopes(num_heads)[tp_rank * local : (tp_rank + 1) * local]]
+
+
+def rotary_factor(rotary_dim: int, head_dim: int) -> float:
+    """``rotary_dim / head_dim``, rounded so that readers who truncate ``head_dim * factor`` get ``rotary_dim``."""
+    factor = rotary_dim / head_dim
+    return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, 1.0)
 
 
 @dataclass(frozen=True)

@@ -257,4 +257,3 @@ def test_impossible_request_is_refused(call: Any, message: str) -> None:
 
 def test_constants_of_the_released_model() -> None:
     assert architecture.LIGHTNING_NORM_EPS == 1e-6
-    assert architecture.STATE_DTYPE == architecture.ROUTER_DTYPE == "float32"

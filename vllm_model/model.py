@@ -41,7 +41,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, Architecture
+from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, WHY_FP32_STATE, Architecture
 from minimax_plugin.checkpoint import require_sound_files
 from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
@@ -221,9 +221,7 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         ):
             if dtype not in ("auto", "float32"):
                 raise ValueError(
-                    f"{flag} is {dtype!r}, expected 'auto' or 'float32': after 8,192 decode steps a bfloat16 lightning "
-                    "state has a relative output error of up to 0.42 and a float16 state of 1.9e-2, float32 stays "
-                    f"below 4.4e-5; leave {flag} out"
+                    f"{flag} is {dtype!r}, expected 'auto' or 'float32': {WHY_FP32_STATE}; leave {flag} out"
                 )
         return (torch.float32,)
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from minimax_plugin.architecture import Architecture, LayerType
+from minimax_plugin.architecture import Architecture, LayerType, rotary_factor
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ModelSettings:
         names = ("linear_attn", "full_attn", "mlp") if converted else ("linear_attention", "full_attention", "mlp")
         linear, full, mlp = (_factors(config, name, converted) for name in names)
         rope_parameters = dict(config.rope_parameters)
-        rope_parameters["partial_rotary_factor"] = rotary_factor(architecture)
+        rope_parameters["partial_rotary_factor"] = rotary_factor(architecture.rotary_dim, architecture.head_dim)
         return cls(
             architecture=architecture,
             attention_factors={"linear_attention": linear, "full_attention": full},
@@ -66,12 +66,6 @@ class ModelSettings:
             rope_parameters=rope_parameters,
             max_position=config.max_position_embeddings,
         )
-
-
-def rotary_factor(architecture: Architecture) -> float:
-    """``rotary_dim / head_dim``, such that ``int(head_dim * factor)`` is ``rotary_dim`` in spite of rounding."""
-    factor = architecture.rotary_dim / architecture.head_dim
-    return factor if int(architecture.head_dim * factor) == architecture.rotary_dim else math.nextafter(factor, 1.0)
 
 
 def _factors(config: Any, name: str, converted: bool) -> ResidualFactors:
