@@ -62,11 +62,16 @@ install_for_cuda() {
 venv="${MINIMAX_VENV:-$repository/.venv}"
 flavour=cpu
 has_cuda && flavour=cuda
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -f "$venv/bin/activate" ]; then # written last, so an interrupted start is repeated
     python="$(find_python)"
     echo "making $venv with $("$python" --version)"
     "$python" -m venv "$venv"
+    echo "$flavour" >"$venv/minimax-flavour"
 fi
+made_for="$(cat "$venv/minimax-flavour" 2>/dev/null || echo "$flavour")"
+[ "$made_for" = "$flavour" ] ||
+    fail "$venv was made for $made_for and would now get packages for $flavour, which overwrite each other's files;" \
+        "set MINIMAX_VENV to another folder, or remove it"
 # shellcheck disable=SC1091
 source "$venv/bin/activate"
 stamp="$(cat "$repository/pyproject.toml" "${BASH_SOURCE[0]}" <(echo "$flavour $repository") | sha256sum)"
