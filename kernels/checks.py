@@ -81,6 +81,15 @@ def check_slot_values(name: str, slots: list[int], num_slots: int, null_slot: in
         raise ValueError(f"{name} holds {repeated} more than once, expected a slot of its own for every sequence")
 
 
+def check_checkpoint_values(checkpoints: list[int], slots: list[int], null_slot: int) -> None:
+    shared = sorted({slot for slot in checkpoints if slot > null_slot} & set(slots))
+    if shared:
+        raise ValueError(
+            f"checkpoint_slots holds {shared}, slots of sequences of the same call, expected others: segments run in "
+            "any order"
+        )
+
+
 def check_has_initial(has_initial: Tensor, num_sequences: int, device: torch.device) -> None:
     if has_initial.dtype != torch.bool or has_initial.shape != (num_sequences,):
         raise ValueError(
@@ -95,6 +104,27 @@ def check_state(name: str, state: Tensor, heads: int, head_dim: int, device: tor
     if state.dim() != 4 or state.shape[1:] != (heads, head_dim, head_dim):
         raise ValueError(f"{name} has shape {tuple(state.shape)}, expected [*, {heads}, {head_dim}, {head_dim}]")
     _check_device(name, state, device)
+
+
+def check_gated_norm(o: Tensor, gate: Tensor, weight: Tensor, sumsq: Tensor | None, norm_size: int | None) -> None:
+    if o.shape != gate.shape or weight.shape != o.shape[-1:]:
+        raise ValueError(
+            f"gated_rmsnorm got o {tuple(o.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)}; expected "
+            "o and gate alike and weight of their last dim"
+        )
+    _check_device("gate", gate, o.device)
+    _check_device("weight", weight, o.device)
+    if sumsq is None:
+        if norm_size not in (None, o.shape[-1]):
+            raise ValueError(f"norm_size is {norm_size} without sumsq, expected {o.shape[-1]}, the channels of o")
+        return
+    if sumsq.dtype != torch.float32 or sumsq.shape not in (o.shape[:-1], (*o.shape[:-1], 1)):
+        rows = tuple(o.shape[:-1])
+        raise ValueError(
+            f"sumsq is {sumsq.dtype} {tuple(sumsq.shape)}, expected torch.float32 {rows} or {(*rows, 1)}: one sum over "
+            "all channels of a row"
+        )
+    _check_device("sumsq", sumsq, o.device)
 
 
 def check_num_tokens(found: int, expected: int) -> None:

@@ -285,6 +285,7 @@ def lightning_prefill(
         slots = slot_ids.tolist()
         checkpoints = [] if checkpoint_slots is None else checkpoint_slots.tolist()
         _check_values(slopes, state_pool, null_slot, slot_ids=slots, checkpoint_slots=checkpoints)
+        checks.check_checkpoint_values(checkpoints, slots, null_slot)
     if lightning_backend(qkv.device) == "triton":
         lightning.prefill(
             qkv,
@@ -461,7 +462,8 @@ def _check_verify_values(
     num_tokens: int,
     null_slot: int,
 ) -> None:
-    checks.check_slot_values("read_slots", read_slots.tolist(), state_pool.shape[0], null_slot, unique=False)
+    reads = read_slots.tolist()
+    checks.check_slot_values("read_slots", reads, state_pool.shape[0], null_slot, unique=False)
     bounds = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or min(lengths, default=0) < 0 or bounds[-1] > num_tokens:
@@ -471,5 +473,13 @@ def _check_verify_values(
             f"cu_seqlens has a sequence of {max(lengths)} tokens, expected at most {write_slots.shape[1]}, one per "
             "column of write_slots"
         )
-    used = [slot for row, length in zip(write_slots.tolist(), lengths, strict=True) for slot in row[:length]]
-    _check_values(slopes, state_pool, null_slot, write_slots=used)
+    writes = [row[:length] for row, length in zip(write_slots.tolist(), lengths, strict=True)]
+    # A sequence whose first slot is padding writes none.
+    writes = [row if row and row[0] > null_slot else [] for row in writes]
+    _check_values(slopes, state_pool, null_slot, write_slots=[slot for row in writes for slot in row])
+    writer = {slot: n for n, row in enumerate(writes) for slot in row if slot > null_slot}
+    shared = sorted({slot for n, slot in enumerate(reads) if writes[n] and writer.get(slot, n) != n})
+    if shared:
+        raise ValueError(
+            f"read_slots holds {shared}, which another sequence writes, expected others: sequences run in any order"
+        )

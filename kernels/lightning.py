@@ -375,11 +375,14 @@ def _choose_tiles(
         return tiles
     try:
         fields = {name.strip(): int(value) for name, value in (item.split("=") for item in overrides.split(","))}
-        return replace(tiles, **fields)
+        tiles = replace(tiles, **fields)
     except (TypeError, ValueError):
         raise ValueError(
             f"{TILES_VARIABLE} is {overrides!r}, expected a list like 'BT=64,BV=64,warps=4,stages=2'"
         ) from None
+    if tiles.BV <= 0 or padded % tiles.BV:
+        raise ValueError(f"{TILES_VARIABLE} is {overrides!r}, expected BV to divide {padded}, the padded head_dim")
+    return tiles
 
 
 def _arithmetic(architecture: str, dtype: torch.dtype, precision: str) -> dict[str, Any]:

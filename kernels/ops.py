@@ -79,7 +79,7 @@ def lightning_attention(
             sequence.
         initial_state: [N, H, D, D] fp32 (N = B for [B, T, H, D]) or None for zeros.
         output_final_state: also return the states after the last token of every sequence.
-        plan: a plan built before from the same bounds; spares building it again.
+        plan: a plan built before, in place of the bounds; spares building it again.
         precision: "default" (bf16 dots for bf16 inputs on a GPU) or "high" (state exact to 1e-6).
 
     Returns:
@@ -155,7 +155,7 @@ def lightning_prefill(
         out: [T, H, D], written.
         sumsq: [T, H] fp32, written with the sum of squares of each output row as stored in ``out``.
         checkpoint_slots: [G] int32 or int64; the state after each plan segment is also stored there if above
-            ``null_slot``.
+            ``null_slot``. None of them may be in ``slot_ids``.
         activation: "silu" or None; the result is rounded to the dtype of qkv as the released module does.
         precision: "default" or "high", see :func:`lightning_attention`.
         null_slot: highest value that marks padding (-1, or 0 where slot 0 is a null block).
@@ -226,7 +226,7 @@ def lightning_verify(
 
     Args:
         qkv: [T, H, 3D] packed tokens of all sequences.
-        read_slots: [N] int; slot to start from, zeros if not above ``null_slot``.
+        read_slots: [N] int; slot to start from, zeros if not above ``null_slot``. No other sequence may write it.
         write_slots: [N, Q] int; slot for the state after token j. Padding if the first is not above ``null_slot``.
         cu_seqlens: [N + 1] int32 on the device; no sequence longer than Q. Rows of ``out`` past the last bound (the
             padding of a captured graph) are set to zero.
@@ -318,12 +318,11 @@ def gated_rmsnorm(
     Returns:
         like ``o``. The norm is computed in fp32 and rounded to the dtype of ``o`` before weight and gate, as the
         released module does.
+
+    Raises:
+        ValueError: shapes, devices or the dtype of ``sumsq`` do not fit, or ``norm_size`` is given without it.
     """
-    if o.shape != gate.shape or weight.shape != o.shape[-1:]:
-        raise ValueError(
-            f"gated_rmsnorm got o {tuple(o.shape)}, gate {tuple(gate.shape)}, weight {tuple(weight.shape)}; expected "
-            "o and gate alike and weight of their last dim"
-        )
+    checks.check_gated_norm(o, gate, weight, sumsq, norm_size)
     if lightning_backend(o.device) == "triton":
         return norm.gated_rmsnorm(o, gate, weight, eps, sumsq, norm_size or o.shape[-1])
     return reference.gated_rmsnorm_torch(o, gate, weight, eps, sumsq=sumsq, norm_size=norm_size)
@@ -333,6 +332,8 @@ def _resolve_plan(
     name: str, tokens: Tensor, cu_seqlens: Tensor | Sequence[int] | None, plan: LightningPlan | None
 ) -> LightningPlan:
     """The given plan, or one from the shape and the bounds; either must cover the tokens."""
+    if plan is not None and cu_seqlens is not None:
+        raise ValueError("got cu_seqlens and a plan, expected one of them: the plan holds the bounds it was built from")
     batched = tokens.dim() == 4
     if batched and cu_seqlens is not None:
         raise ValueError(f"cu_seqlens is only for packed tokens [T, H, ...], got {name} of shape {tuple(tokens.shape)}")

@@ -130,5 +130,13 @@ def test_tiles_that_are_no_tiles_are_refused(monkeypatch: pytest.MonkeyPatch) ->
             prefill(BASE, BASE.qkv(2), BASE.states(1), (2,), [0])
 
 
+def test_tiles_wider_than_the_state_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block of columns would be launched, and the output never written."""
+    for value in ("BV=256", "BV=24", "BV=0"):
+        monkeypatch.setenv(lightning.TILES_VARIABLE, value)
+        with pytest.raises(ValueError, match=f"MINIMAX_LIGHTNING_TILES is '{value}', expected BV to divide"):
+            prefill(BASE, BASE.qkv(2), BASE.states(1), (2,), [0])
+
+
 def test_the_forced_backend_is_the_one_under_test() -> None:
     assert ops.lightning_backend(torch.device(DEVICE)) == "triton"

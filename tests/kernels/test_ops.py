@@ -58,6 +58,10 @@ PREFILL_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "slot-range": ({"slot_ids": torch.tensor([4, 0])}, r"slot_ids holds \[4\], expected slots below 4"),
     "slot-twice": ({"slot_ids": torch.tensor([2, 2])}, r"slot_ids holds \[2\] more than once"),
     "checkpoint-range": ({"checkpoint_slots": torch.tensor([9, 3])}, r"checkpoint_slots holds \[9\]"),
+    "checkpoint-of-a-sequence": (
+        {"checkpoint_slots": torch.tensor([0, 3])},
+        r"checkpoint_slots holds \[0\], slots of sequences of the same call, expected others",
+    ),
     "checkpoint-count": ({"checkpoint_slots": torch.tensor([3])}, r"checkpoint_slots is torch\.int64 \(1,\)"),
     "has-initial-dtype": ({"has_initial": torch.tensor([0, 1])}, r"has_initial is torch\.int64 \(2,\), expected torch"),
     "out-shape": ({"out": torch.empty(6, HEADS, DIM + 1)}, r"out has shape \(6, 2, 17\), expected \(6, 2, 16\)"),
@@ -94,6 +98,10 @@ ATTENTION_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "cu-decreases": ({"cu_seqlens": [0, 4, 3, 6]}, r"cu_seqlens decreases somewhere: \[0, 4, 3, 6\]"),
     "cu-end": ({"cu_seqlens": torch.tensor([0, 5])}, r"cu_seqlens ends with 5, expected the number of tokens 6"),
     "cu-device": ({"cu_seqlens": torch.zeros(2, device="meta")}, r"cu_seqlens on meta, expected host memory"),
+    "cu-and-plan": (
+        {"cu_seqlens": [0, 6], "plan": ops.LightningPlan.build([0, 2, 6])},
+        r"got cu_seqlens and a plan, expected one of them",
+    ),
     "state-count": ({"initial_state": torch.zeros(2, HEADS, DIM, DIM)}, r"initial_state holds 2 states, expected 1"),
     "state-dtype": ({"initial_state": torch.zeros(1, HEADS, DIM, DIM).bfloat16()}, r"initial_state is torch\.bfloat16"),
     "slopes-negative": ({"slopes": -SLOPES}, r"expected every one positive"),
@@ -126,6 +134,18 @@ def test_decode_and_verify_check_their_slots() -> None:
         ops.lightning_verify(
             qkv, SLOPES, pool, torch.tensor([0]), torch.tensor([[1, 2, 3]]), bounds + bounds // 2, out=out
         )
+
+
+def test_verify_refuses_to_read_what_another_sequence_writes() -> None:
+    """The sequences of a call run in any order."""
+    qkv, pool, out = tokens(3, HEADS, 3 * DIM), torch.zeros(4, HEADS, DIM, DIM), torch.empty(3, HEADS, DIM)
+    bounds, writes = torch.tensor([0, 2, 3]), torch.tensor([[1, 2], [3, -1]])
+    for reads in ([1, 3], [0, 0], [-1, -1]):
+        ops.lightning_verify(qkv, SLOPES, pool, torch.tensor(reads), writes, bounds, out=out)
+    with pytest.raises(ValueError, match=r"read_slots holds \[2\], which another sequence writes"):
+        ops.lightning_verify(qkv, SLOPES, pool, torch.tensor([0, 2]), writes, bounds, out=out)
+    padding = torch.tensor([[1, 2], [-1, 1]])
+    ops.lightning_verify(qkv, SLOPES, pool, torch.tensor([0, 2]), padding, bounds, out=out)
 
 
 def test_combine_states_names_what_is_wrong() -> None:
@@ -175,7 +195,7 @@ def test_in_place_operators_pass_opcheck() -> None:
     slots = torch.arange(4)
     shared = (a["qkv"][:4], a["slopes"], a["state_pool"])
     torch.library.opcheck(custom_ops.lightning_decode, (*shared, slots, a["out"][:4], a["sumsq"][:4], "silu", -1))
-    verify = (slots[:2], slots.reshape(2, 2), torch.tensor([0, 2, 4]), a["out"][:4], None, "silu", -1)
+    verify = (slots[:2], slots.reshape(2, 2).t(), torch.tensor([0, 2, 4]), a["out"][:4], None, "silu", -1)
     torch.library.opcheck(custom_ops.lightning_verify, (*shared, *verify))
 
 
@@ -286,3 +306,23 @@ def test_the_chunk_loop_leaves_its_inputs_alone() -> None:
     reference.chunk_scan(q, k, v, state, out, reference.DecayTable(SLOPES[:1]))
     for x, copy in zip((q, k, v), copies, strict=True):
         assert torch.equal(x, copy)
+
+
+NORM_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "gate-shape": ({"gate": tokens(5, 16)}, r"gate \(5, 16\).*expected o and gate alike"),
+    "weight-device": ({"weight": tokens(32).to("meta")}, r"weight is on meta, expected cpu"),
+    "sumsq-per-head": (
+        {"sumsq": torch.ones(5, HEADS)},
+        r"sumsq is torch\.float32 \(5, 2\), expected torch\.float32 \(5,\)",
+    ),
+    "sumsq-dtype": ({"sumsq": torch.ones(5).bfloat16()}, r"sumsq is torch\.bfloat16 \(5,\), expected torch\.float32"),
+    "size-without-sumsq": ({"norm_size": 64}, r"norm_size is 64 without sumsq, expected 32, the channels of o"),
+}
+
+
+@pytest.mark.parametrize(("fault", "message"), NORM_FAULTS.values(), ids=NORM_FAULTS.keys())
+def test_gated_rmsnorm_names_what_is_wrong(fault: dict[str, Any], message: str) -> None:
+    """Sums per head, as the attention gives them, would be read as those of other rows by a kernel."""
+    arguments = {"o": tokens(5, 32), "gate": tokens(5, 32, seed=1), "weight": tokens(32, seed=2), "eps": 1e-6} | fault
+    with pytest.raises(ValueError, match=message):
+        ops.gated_rmsnorm(**arguments)
