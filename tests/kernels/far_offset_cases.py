@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens and slots that lie 2^31 elements and more into their tensors, in memory that is never touched in between.
 
-X
-in the integer types of the kernel, so a 32-bit product wraps around as it would on a GPU.
+The interpreter computes addresses in the integer types of the kernel, so a 32-bit product wraps around as on a GPU.
 """
 
 from __future__ import annotations

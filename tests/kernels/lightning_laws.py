@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The laws that every implementation of lightning attention obeys, as plain functions of a :class:`Setting`.
 
-``test_ops.py`` holds them against the PyTorch path, ``test_interpreter.py`` against the Triton kernels in Triton's
-interpreter, ``test_gpu.py`` against the compiled kernels. The oracle is always the float64 recurrence.
+``test_laws.py`` holds them against the PyTorch path, ``test_scan_interpreter.py`` against the Triton kernels in
+Triton's interpreter, ``test_scan_gpu.py`` against the compiled kernels. The oracle is always the float64 recurrence.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ def law_token_256_of_the_fastest_head(setting: Setting) -> None:
 def law_low_precision_states_are_refused(setting: Setting) -> None:
     qkv = setting.qkv(4)
     for dtype in (torch.bfloat16, torch.float16):
-        with pytest.raises(ValueError, match=r"state_pool is torch\.\w+, expected torch\.float32: a bf16 state"):
+        with pytest.raises(ValueError, match=r"state_pool is torch\.\w+, expected torch\.float32: after 8,192"):
             prefill(setting, qkv, setting.states(1).to(dtype), (4,), [0])
         with pytest.raises(ValueError, match=r"state_pool is torch\.\w+, expected torch\.float32"):
             decode(setting, qkv, setting.states(4).to(dtype), [0, 1, 2, 3])
