@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import single_collective_worker as worker
 import torch
 from torch import Tensor
 
@@ -43,6 +46,22 @@ def test_single_collective_equals_the_ordinary_form(dtype: torch.dtype, ranks: i
     ordinary = torch.nn.functional.linear(ops.gated_rmsnorm(o, gate, weight, EPS), out_weight)
     expected = in_float64(o, gate, weight, out_weight)
     assert relative_error(actual, expected) <= 1.25 * relative_error(ordinary, expected)
+
+
+def test_two_processes_share_one_all_reduce(tmp_path: Path) -> None:
+    layers = [layer_end(torch.float32), layer_end(torch.bfloat16)]
+    arguments = (str(tmp_path / "rendezvous"), layers, EPS, str(tmp_path))
+    torch.multiprocessing.spawn(worker.run, arguments, nprocs=worker.WORLD_SIZE)
+    saved = [torch.load(tmp_path / f"{rank}.pt") for rank in range(worker.WORLD_SIZE)]
+    for _, reduced in saved:
+        assert reduced == [(7, 97), (7, 97)], "one collective a layer, the sums of squares beside the 96 channels"
+    for number, layer in enumerate(layers):
+        first, second = (results[number] for results, _ in saved)
+        assert torch.equal(first, second) and first.dtype == layer[0].dtype
+        o, gate, weight, out_weight = layer
+        ordinary = torch.nn.functional.linear(ops.gated_rmsnorm(o, gate, weight, EPS), out_weight)
+        expected = in_float64(*layer)
+        assert relative_error(first, expected) <= 1.25 * relative_error(ordinary, expected)
 
 
 def test_without_a_group_one_rank_holds_all_heads() -> None:
