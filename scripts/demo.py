@@ -21,9 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Nothing here is downloaded or reported; the libraries read the variables when they are imported.
-os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-
 PROMPTS = (
     "A long memory does not need to keep each word;",
     "The river carries every boat past",
@@ -41,6 +38,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write checkpoint and server log here and keep them")
     args = parser.parse_args()
+    # Nothing is downloaded or reported. The libraries read these variables when they are imported, which comes later.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with contextlib.ExitStack() as stack:
         folder = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="minimax-demo-")))
@@ -73,7 +72,9 @@ def step(title: str) -> None:
 
 def minimax_plugin(*arguments: str) -> None:
     print(f"$ minimax-plugin {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "minimax_plugin.cli", *arguments], check=True)
+    status = subprocess.run([sys.executable, "-m", "minimax_plugin.cli", *arguments]).returncode
+    if status:
+        raise SystemExit(status)  # the command has said why
 
 
 class Answer:
@@ -119,7 +120,7 @@ def serve(model_dir: Path, log_path: Path) -> Iterator[str]:
     # The script `vllm serve` of the CPU build stops for want of metadata named "vllm"; the module it runs does not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_dir)]
     command += ["--served-model-name", model_dir.name, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
     print(f"$ python {' '.join(command[1:])}", flush=True)
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
     with log_path.open("w") as log:

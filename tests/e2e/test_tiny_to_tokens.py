@@ -56,6 +56,15 @@ def test_doctor_finds_a_saved_checkpoint_complete(
     assert result["checkpoint"]["complete"] and result["checkpoint"]["files"] > 1
 
 
+def test_example_for_transformers_answers(model_dir: Path, tmp_path: Path) -> None:
+    script = ROOT / "examples" / "generate_hf" / "generate.py"
+    command = [sys.executable, str(script), str(model_dir), "What do you see?", "--max-new-tokens", "8"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = done.stdout.rstrip("\n")
+    assert answer and answer.isascii() and answer.isprintable()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("vllm", "openai")),

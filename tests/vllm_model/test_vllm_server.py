@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
+import importlib.util
+import re
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +22,10 @@ from vllm_references import LOGPROB_TOLERANCE, Expected, golden_case, link_check
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[2]
+
 #: Messages are joined without markers, so that a chat can ask for exactly the tokens of a golden prompt.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-START_SECONDS = 300
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -50,51 +46,31 @@ def _words(tokens: list[int]) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(golden_dir: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def server(golden_dir: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a server that was started as ``scripts/demo.py`` starts it."""
     model = link_checkpoint(golden_dir, "c_lengths", tmp_path_factory.mktemp("served"))
     _write_tokenizer(model, 256)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # The script `vllm serve` of the CPU wheels stops for want of metadata named "vllm"; the module it runs does not.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "golden", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "8", "--enforce-eager"]
-    env = os.environ | COMMON_ENV | {"VLLM_CACHE_ROOT": str(vllm_cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    log_path = vllm_cache / "server.log"
-    with log_path.open("w") as log:
-        server = subprocess.Popen(
-            command, cwd=vllm_cache, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            _wait(server, f"http://127.0.0.1:{port}/health", log_path)
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        finally:
-            _stop(server)
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in COMMON_ENV.items():
+            patch.setenv(name, value)
+        patch.setenv("VLLM_CACHE_ROOT", str(vllm_cache))
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with demo.serve(model, vllm_cache / "server.log") as url:
+            yield url
 
 
-def _wait(server: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        unreachable = (urllib.error.URLError, ConnectionError, TimeoutError)
-        with contextlib.suppress(*unreachable), urllib.request.urlopen(url, timeout=5):
-            return
-        time.sleep(1)
-    pytest.fail("the server did not start:\n" + "\n".join(log_path.read_text().splitlines()[-60:]))
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes of its session."""
-    for wanted in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, wanted)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=30)
+@pytest.fixture(scope="module")
+def client(server: str) -> Any:
+    return openai.OpenAI(base_url=server, api_key="none")
 
 
 def _options(case: Expected) -> dict[str, Any]:
     return {
-        "model": "golden",
+        "model": "c_lengths",
         "temperature": 0,
         "max_tokens": len(case.tokens),
         "extra_body": {"ignore_eos": True, "return_token_ids": True},
@@ -137,3 +113,12 @@ def test_streaming(client: Any, cases: list[Expected]) -> None:
         assert [token for chunk in chunks for token in chunk.token_ids or []] == case.tokens
         assert "".join(chunk.text for chunk in chunks).split() == _words(case.tokens).split()
         assert len(chunks) > 1
+
+
+def test_client_of_the_examples(server: str) -> None:
+    """It samples, so that only the words are known to be words."""
+    script = ROOT / "examples" / "serve_vllm" / "ask.py"
+    command = [sys.executable, str(script), "w5 w6 w7", "--url", server, "--max-tokens", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"( ?w\d+){5}\n", done.stdout)
