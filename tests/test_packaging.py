@@ -63,6 +63,19 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     return sdist, build("build_wheel", base, unpacked)
 
 
+def package_files(wheel: Path) -> dict[str, bytes]:
+    """Content of every file of the import package in a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+def sdist_files(sdist: Path) -> set[str]:
+    """Names of the files in an sdist, without what setuptools notes about the build."""
+    with tarfile.open(sdist) as archive:
+        names = {member.name.split("/", 1)[1] for member in archive if member.isreg()}
+    return {name for name in names if ".egg-info/" not in name}
+
+
 def python_packages() -> set[str]:
     """Dotted names of all folders with Python files, by the name they are imported under."""
     names = set()
@@ -106,6 +119,13 @@ def test_every_requirement_has_a_lower_bound_and_no_upper_bound() -> None:
         assert "<" not in requirement and "==" not in requirement, f"{line}: upper bounds block every upgrade"
 
 
+def test_version_is_the_same_everywhere(distributions: tuple[Path, Path]) -> None:
+    citation = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
+    assert citation is not None
+    names = [distribution.name for distribution in distributions]
+    assert names == [f"minimax_plugin-{citation[1]}.tar.gz", f"minimax_plugin-{citation[1]}-py3-none-any.whl"]
+
+
 def test_wheel_holds_one_import_package(distributions: tuple[Path, Path]) -> None:
     _, wheel = distributions
     names = zipfile.ZipFile(wheel).namelist()
@@ -117,7 +137,7 @@ def test_wheel_holds_one_import_package(distributions: tuple[Path, Path]) -> Non
     assert sources <= set(names), f"not in the wheel: {sorted(sources - set(names))}"
 
 
-def test_wheel_is_whole_where_links_have_become_text(distributions: tuple[Path, Path], tmp_path: Path) -> None:
+def test_nothing_is_lost_where_links_have_become_text(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     """The .zip archives of hosting sites unpack a link as a text file that holds its target."""
     tree = source_tree(tmp_path / "tree")
     for name in LINKED:
@@ -125,8 +145,9 @@ def test_wheel_is_whole_where_links_have_become_text(distributions: tuple[Path, 
         target = str(link.readlink())
         link.unlink()
         link.write_text(target)
-    wheel = build("build_wheel", tmp_path, tree)
-    assert set(zipfile.ZipFile(distributions[1]).namelist()) <= set(zipfile.ZipFile(wheel).namelist())
+    wheel, sdist = (build(f"build_{what}", tmp_path, tree) for what in ("wheel", "sdist"))
+    assert package_files(wheel) == package_files(distributions[1])
+    assert sdist_files(sdist) == sdist_files(distributions[0])
 
 
 def test_sdist_holds_real_files(distributions: tuple[Path, Path]) -> None:
@@ -147,6 +168,9 @@ def test_wheel_works_outside_the_repository(distributions: tuple[Path, Path], tm
         "from importlib import metadata, resources\n"
         "import minimax_plugin, minimax_plugin.kernels.ops, minimax_plugin.vllm_model.compat\n"
         "import minimax_plugin.hf_modeling.registration as registration\n"
+        "from minimax_plugin.templates import chat_template\n"
+        "assert '<beginning_of_sentence>' in chat_template()\n"
+        "assert resources.files('minimax_plugin').joinpath('py.typed').is_file()\n"
         f"assert minimax_plugin.__file__.startswith({str(site)!r}), minimax_plugin.__file__\n"
         f"assert registration.__file__.startswith({str(site)!r}), registration.__file__\n"
         "points = metadata.distribution('minimax-plugin').entry_points\n"
