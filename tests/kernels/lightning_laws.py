@@ -205,7 +205,8 @@ def law_neighbours_do_not_change_a_bit(setting: Setting) -> None:
             assert torch.equal(run.pool[n], alone[n].pool[n]), f"state of sequence {n} in order {order}"
 
 
-def law_chunks_on_the_segment_grid_do_not_change_a_bit(setting: Setting) -> None:
+def law_pieces_on_the_segment_grid_agree(setting: Setting) -> None:
+    """To the bit before the first border; after it the state was added up in another order."""
     length, cut = 2 * setting.segment + 5, setting.segment
     qkv = setting.qkv(length)
     whole = prefill(setting, qkv, setting.states(1), (length,), [0])

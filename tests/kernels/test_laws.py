@@ -28,6 +28,18 @@ def test_law(law: Callable[[Setting], None], setting: Setting, monkeypatch: pyte
     law(setting)
 
 
+def test_pieces_of_whole_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIMAX_LIGHTNING_BACKEND", "torch")
+    setting, length, cuts = Setting(segment=128), 300, (0, 64, 192, 256, 300)
+    qkv, pool = setting.qkv(length), setting.states(1)
+    whole = prefill(setting, qkv, pool, (length,), [0])
+    for a, b in zip(cuts, cuts[1:], strict=False):
+        piece = prefill(setting, qkv[a:b], pool, (b - a,), [0], computed=[a])
+        assert torch.equal(piece.out, whole.out[a:b])
+        pool = piece.pool
+    assert torch.equal(pool, whole.pool)
+
+
 @pytest.mark.parametrize("path", ["decode", "verify"])
 def test_8192_steps_of_real_slopes(path: str) -> None:
     """The slowest heads multiply the error of one decay up: exp(-slope) rounded to fp32 leads to 8e-5 here."""

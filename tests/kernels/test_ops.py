@@ -323,6 +323,6 @@ NORM_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("fault", "message"), NORM_FAULTS.values(), ids=NORM_FAULTS.keys())
 def test_gated_rmsnorm_names_what_is_wrong(fault: dict[str, Any], message: str) -> None:
     """Sums per head, as the attention gives them, would be read as those of other rows by a kernel."""
-    arguments = {"o": tokens(5, 32), "gate": tokens(5, 32, seed=1), "weight": tokens(32, seed=2), "eps": 1e-6} | fault
+    valid: dict[str, Any] = {"o": tokens(5, 32), "gate": tokens(5, 32, seed=1), "weight": tokens(32, seed=2)}
     with pytest.raises(ValueError, match=message):
-        ops.gated_rmsnorm(**arguments)
+        ops.gated_rmsnorm(**valid | {"eps": 1e-6} | fault)
