@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
     from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+    from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 __all__ = [
     "FusedMoEFactory",
@@ -30,6 +31,7 @@ __all__ = [
     "Mamba2AttentionMetadataBuilder",
     "MambaAttentionBackendEnum",
     "MambaBase",
+    "MambaHybridModelState",
     "MambaStateCopyFuncCalculator",
     "add_splitting_op",
     "copies_whole_pages",
@@ -39,6 +41,7 @@ __all__ = [
     "layer_by_name",
     "layer_metadata",
     "register_custom_op",
+    "require_splitting_op",
     "state_block_table",
     "uses_v2_model_runner",
     "vllm_version",
@@ -58,6 +61,8 @@ _CLASSES = {
     "Mamba2AttentionMetadataBuilder": "vllm.v1.attention.backends.mamba2_attn",
     "MambaAttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "MambaBase": "vllm.model_executor.layers.mamba.abstract",
+    # Model Runner V2 only (0.31 and later).
+    "MambaHybridModelState": "vllm.v1.worker.gpu.model_states.mamba_hybrid",
     "MambaStateCopyFuncCalculator": "vllm.model_executor.layers.mamba.mamba_utils",
     # A function since 0.28; the class FusedMoE that it replaced is gone.
     "FusedMoEFactory": "vllm.model_executor.layers.fused_moe",
@@ -112,6 +117,22 @@ def add_splitting_op(name: str) -> None:
 
     if name not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(name)
+
+
+def require_splitting_op(vllm_config: VllmConfig, name: str) -> None:
+    """Check that compiled graphs of this engine really break around the operator.
+
+    An empty list means that graphs are not split at all and vLLM captures no pieces of them (0.31 and later).
+
+    Raises:
+        ValueError: graphs are split, but not around the operator.
+    """
+    splitting_ops = vllm_config.compilation_config.splitting_ops
+    if splitting_ops and name not in splitting_ops:
+        raise ValueError(
+            f"splitting_ops of the compilation config is {splitting_ops} without {name!r}: a captured graph would "
+            "replay the states of another step; add it, or leave splitting_ops out"
+        )
 
 
 def register_custom_op(

@@ -24,7 +24,7 @@ from minimax_plugin.kernels import ops
 from minimax_plugin.state_cache import StatePool
 from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.compat import MambaAttentionBackendEnum, MambaBase
-from minimax_plugin.vllm_model.metadata import NULL_SLOT, DraftedPrompts, LightningBackend, LightningMetadata
+from minimax_plugin.vllm_model.metadata import NULL_SLOT, LateDecodes, LightningBackend, LightningMetadata
 from minimax_plugin.vllm_model.settings import ModelSettings
 
 
@@ -146,8 +146,8 @@ class LightningAttention(nn.Module, MambaBase):
                 out=out[rows],
                 sumsq=sumsq[rows],
             )
-            if metadata.drafted_prompts is not None:
-                self._verify_drafted_prompts(pool, qkv[rows], out[rows], sumsq[rows], metadata.drafted_prompts)
+            if metadata.late_decodes is not None:
+                self._decode_late(pool, qkv[rows], out[rows], sumsq[rows], metadata.late_decodes)
         out[stop:] = 0
         sumsq[stop:] = 0
 
@@ -171,23 +171,20 @@ class LightningAttention(nn.Module, MambaBase):
         )
         return stop
 
-    def _verify_drafted_prompts(
-        self, pool: StatePool, qkv: Tensor, out: Tensor, sumsq: Tensor, drafted: DraftedPrompts
-    ) -> None:
-        part_out = out.new_empty((drafted.tokens.shape[0], *out.shape[1:]))
-        part_sumsq = sumsq.new_empty((drafted.tokens.shape[0], *sumsq.shape[1:]))
-        tokens = drafted.tokens
+    def _decode_late(self, pool: StatePool, qkv: Tensor, out: Tensor, sumsq: Tensor, late: LateDecodes) -> None:
+        part_out = out.new_empty((late.tokens.shape[0], *out.shape[1:]))
+        part_sumsq = sumsq.new_empty((late.tokens.shape[0], *sumsq.shape[1:]))
         pool.verify(
-            qkv[tokens],
+            qkv[late.tokens],
             self.slopes,
-            drafted.read_slots,
-            drafted.write_slots,
-            drafted.cu_seqlens,
+            late.read_slots,
+            late.write_slots,
+            late.cu_seqlens,
             out=part_out,
             sumsq=part_sumsq,
         )
-        out[tokens] = part_out
-        sumsq[tokens] = part_sumsq
+        out[late.tokens] = part_out
+        sumsq[late.tokens] = part_sumsq
 
 
 class HeadsRMSNorm(nn.Module):

@@ -32,13 +32,13 @@ NULL_SLOT = 0
 
 
 @dataclass(frozen=True)
-class DraftedPrompts:
-    """Prompts of one token that the scheduler padded with K placeholder drafts, somewhere among the prefill rows.
+class LateDecodes:
+    """Rows of speculative decoding that decode, but stand behind the first row that prefills.
 
     Attributes:
-        tokens: [M * (1 + K)] int64, their tokens, counted from the first prefill token of the step.
+        tokens: [L] int64, their tokens, counted from the first prefill token of the step.
         cu_seqlens: [M + 1] int32, bounds of the rows within ``tokens``.
-        read_slots: [M] int32, all null: such a row starts from zeros.
+        read_slots: [M] int32, the slot each continues from; null for one that starts from zeros.
         write_slots: [M, 1 + K] int32, where the state after each of its tokens goes.
     """
 
@@ -57,13 +57,13 @@ class LightningMetadata(Mamba2AttentionMetadata):
         read_slots_d: [decodes] int32, the slot each decode row continues from under speculative decoding; None
             otherwise, when a row reads and writes the same slot.
         fresh_rows: rows that decode although they have no state yet; their slots are cleared before the layers run.
-        drafted_prompts: see :class:`DraftedPrompts`.
+        late_decodes: see :class:`LateDecodes`; their slots among the prefill rows are null.
     """
 
     plan: LightningPlan | None = None
     read_slots_d: Tensor | None = None
     fresh_rows: Tensor | None = None
-    drafted_prompts: DraftedPrompts | None = None
+    late_decodes: LateDecodes | None = None
 
 
 class LightningBackend(AttentionBackend):
@@ -133,8 +133,17 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         Args:
             common_attn_metadata: rows of the step; ``is_prefilling`` and ``seq_lens_cpu_upper_bound`` must be set.
             kwargs: ``num_accepted_tokens`` [R] and ``num_decode_draft_tokens_cpu`` [R] under speculative decoding.
+
+        Raises:
+            RuntimeError: a model runner hands over no counts of accepted tokens.
         """
-        drafts = kwargs.get("num_decode_draft_tokens_cpu")
+        drafts, accepted = kwargs.get("num_decode_draft_tokens_cpu"), kwargs.get("num_accepted_tokens")
+        if self.use_spec_decode and accepted is None:
+            raise RuntimeError(
+                "speculative decoding would give wrong tokens here: the model runner of this vLLM does not say how "
+                "many drafts were accepted; leave --speculative-config out"
+            )
+        common_attn_metadata = _prefill_recomputed_tokens(common_attn_metadata, drafts)
         common_attn_metadata, fresh_rows = self._decode_single_tokens(common_attn_metadata)
         # One level up on purpose: the chunk tables that Mamba2's own build() uploads serve its kernels only.
         metadata: LightningMetadata = super(Mamba2AttentionMetadataBuilder, self).build(
@@ -144,9 +153,9 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
             metadata,
             fresh_rows=fresh_rows,
             plan=self._plan(metadata, common_attn_metadata),
-            read_slots_d=self._read_slots_of(metadata),
+            read_slots_d=self._read_slots_of(metadata, common_attn_metadata),
         )
-        metadata = self._with_drafted_prompts(metadata, common_attn_metadata, drafts)
+        metadata = self._with_late_decodes(metadata, common_attn_metadata, drafts, accepted)
         self._clear_fresh_slots(metadata)
         return metadata
 
@@ -181,50 +190,53 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         )
         return LightningPlan.build(bounds, computed, device=common.query_start_loc.device)
 
-    def _read_slots_of(self, metadata: LightningMetadata) -> Tensor | None:
-        """The state after the last accepted token of a row lies in column ``accepted - 1`` of its slots."""
-        if not self.use_spec_decode or not metadata.num_decodes or metadata.num_accepted_tokens is None:
+    def _read_slots_of(self, metadata: LightningMetadata, common: CommonAttentionMetadata) -> Tensor | None:
+        if not self.use_spec_decode or not metadata.num_decodes:
             return None
         slots = metadata.state_indices_tensor_d
-        column = (metadata.num_accepted_tokens[: slots.shape[0]].long() - 1).clamp_(min=0)
-        read = torch.gather(slots, 1, column[:, None]).squeeze(1)
+        read = _read_slots(slots, metadata.num_accepted_tokens[: slots.shape[0]], _is_fresh(common)[: slots.shape[0]])
         if slots.data_ptr() != self.state_indices_tensor_d.data_ptr():
             return read
         buffer = self._read_slots[: read.shape[0]]
         buffer.copy_(read)
         return buffer
 
-    def _with_drafted_prompts(
-        self, metadata: LightningMetadata, common: CommonAttentionMetadata, drafts: Tensor | None
+    def _with_late_decodes(
+        self,
+        metadata: LightningMetadata,
+        common: CommonAttentionMetadata,
+        drafts: Tensor | None,
+        accepted: Tensor | None,
     ) -> LightningMetadata:
-        """Take rows of one prompt token and placeholder drafts out of the prefill.
+        """Take rows that decode out of the prefill.
 
-        A prefill leaves the state after the last token, placeholders included, where the next step looks for the state
-        after the prompt (vLLM's builder handles only such rows that have a state already).
+        A prefill goes on from the first slot of a row and leaves there the state after its last token, rejected drafts
+        included. Rows of one prompt token and placeholder drafts count as prefills under Model Runner V1, and Model
+        Runner V2 puts decodes without drafts behind prompts of some lengths.
         """
-        if drafts is None or not metadata.num_prefills:
+        if drafts is None or accepted is None or not metadata.num_prefills:
             return metadata
         first = metadata.num_reqs - metadata.num_prefills
         bounds = common.query_start_loc_cpu
         query_lens = torch.diff(bounds)
-        padded = (drafts > 0) & (query_lens == drafts + 1) & (common.seq_lens_cpu_upper_bound == query_lens)
-        rows = padded[first:].nonzero().flatten()
+        padded = (drafts > 0) & (query_lens == drafts + 1)
+        decoding = padded | (~common.is_prefilling & (query_lens > 0) & (query_lens <= 1 + self.num_spec_tokens))
+        rows = first + decoding[first:].nonzero().flatten()
         if not len(rows):
             return metadata
         device = common.query_start_loc.device
-        lengths = query_lens[first:][rows]
-        tokens = torch.cat([torch.arange(bounds[first + row], bounds[first + row + 1]) for row in rows.tolist()])
-        table = _state_indices(common, self.kv_cache_spec, self.vllm_config)
+        tokens = torch.cat([torch.arange(bounds[row], bounds[row + 1]) for row in rows.tolist()])
         rows_d = _to(rows, device)
+        slots = _state_indices(common, self.kv_cache_spec, self.vllm_config)[rows_d, : 1 + self.num_spec_tokens]
         metadata.state_indices_tensor_p = metadata.state_indices_tensor_p.clone()
-        metadata.state_indices_tensor_p[rows_d] = NULL_SLOT
-        drafted = DraftedPrompts(
+        metadata.state_indices_tensor_p[rows_d - first] = NULL_SLOT
+        late = LateDecodes(
             tokens=_to(tokens - metadata.num_decode_tokens, device),
-            cu_seqlens=_to(torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(), device),
-            read_slots=torch.full((len(rows),), NULL_SLOT, dtype=torch.int32, device=device),
-            write_slots=table[first + rows_d, : 1 + self.num_spec_tokens].int().contiguous(),
+            cu_seqlens=_to(torch.nn.functional.pad(query_lens[rows].cumsum(0), (1, 0)).int(), device),
+            read_slots=_read_slots(slots, accepted[rows_d], _is_fresh(common)[rows]).int(),
+            write_slots=slots.int().contiguous(),
         )
-        return replace(metadata, drafted_prompts=drafted)
+        return replace(metadata, late_decodes=late)
 
     def _clear_fresh_slots(self, metadata: LightningMetadata) -> None:
         if metadata.fresh_rows is None:
@@ -232,6 +244,32 @@ class LightningMetadataBuilder(Mamba2AttentionMetadataBuilder):
         slots = metadata.state_indices_tensor_d[metadata.fresh_rows, 0].long()
         for name in self.layer_names:
             self._layers[name].state_pool.states.index_fill_(0, slots, 0.0)
+
+
+def _prefill_recomputed_tokens(common: CommonAttentionMetadata, drafts: Tensor | None) -> CommonAttentionMetadata:
+    """Let a preempted request prefill the tokens that it has generated before.
+
+    Model Runner V1 holds it for past its prompt, so that a few of them would pass for one token and its drafts.
+    """
+    if drafts is None:
+        return common
+    recomputed = ~common.is_prefilling & (torch.diff(common.query_start_loc_cpu) > 1) & (drafts < 0)
+    if not bool(recomputed.any()):
+        return common
+    return common.replace(is_prefilling=common.is_prefilling | recomputed)
+
+
+def _is_fresh(common: CommonAttentionMetadata) -> Tensor:
+    """[R] bool on the host: rows without a state, all of whose tokens are in this step."""
+    query_lens = torch.diff(common.query_start_loc_cpu)
+    return (query_lens > 0) & (common.seq_lens_cpu_upper_bound == query_lens)
+
+
+def _read_slots(slots: Tensor, accepted: Tensor, fresh: Tensor) -> Tensor:
+    """[rows] from [rows, 1 + K] slots: the state after the last accepted token lies in column ``accepted - 1``."""
+    column = (accepted.long() - 1).clamp_(min=0)
+    read = torch.gather(slots, 1, column[:, None]).squeeze(1)
+    return read.masked_fill(_to(fresh, read.device), NULL_SLOT) if bool(fresh.any()) else read
 
 
 def _state_indices(common: CommonAttentionMetadata, spec: MambaSpec, vllm_config: VllmConfig) -> Tensor:

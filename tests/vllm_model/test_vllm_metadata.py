@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -124,7 +126,7 @@ def test_rows_of_a_mixed_step(config: Any, layer: Any) -> None:
     assert metadata.plan.cu_seqlens.tolist() == [0, 70, 71, 1571]
     # Segments end at multiples of 1,024 of the sequence, not of the chunk.
     assert metadata.plan.segments.tolist() == [[0, 0, 70], [1, 70, 71], [2, 71, 1095], [2, 1095, 1571]]
-    assert metadata.fresh_rows is None and metadata.drafted_prompts is None and metadata.read_slots_d is None
+    assert metadata.fresh_rows is None and metadata.late_decodes is None and metadata.read_slots_d is None
 
 
 def test_a_prompt_of_one_token_among_decodes_starts_from_zeros(config: Any, layer: Any) -> None:
@@ -164,12 +166,71 @@ def test_a_drafted_prompt_of_one_token_leaves_the_prefill(config: Any, layer: An
     metadata = _build(_builder(config, layer, drafts=3), rows)
     assert metadata.num_decodes == 1 and metadata.num_prefills == 3
     assert metadata.state_indices_tensor_p.tolist() == [7, 0, 15]
-    drafted = metadata.drafted_prompts
-    assert drafted is not None
-    assert drafted.tokens.tolist() == [50, 51, 52, 53]
-    assert drafted.cu_seqlens.tolist() == [0, 4]
-    assert drafted.read_slots.tolist() == [0]
-    assert drafted.write_slots.tolist() == [[11, 12, 13, 14]]
+    late = metadata.late_decodes
+    assert late is not None
+    assert late.tokens.tolist() == [50, 51, 52, 53]
+    assert late.cu_seqlens.tolist() == [0, 4]
+    assert late.read_slots.tolist() == [0]
+    assert late.write_slots.tolist() == [[11, 12, 13, 14]]
+
+
+def test_decodes_behind_a_prompt_continue_after_their_last_accepted_token(config: Any, layer: Any) -> None:
+    """Model Runner V2 sorts a chunk of 1 + K prompt tokens before decodes without drafts."""
+    rows = [
+        Row(20, 4, 8, [3, 4, 5, 6], drafts=3, accepted=2),
+        Row(0, 4, 9, [7, 8, 9, 10]),
+        Row(30, 1, 8, [11, 12, 13, 14], drafts=0, accepted=3),
+    ]
+    metadata = _build(_builder(config, layer, drafts=3), rows)
+    assert metadata.num_decodes == 1 and metadata.state_indices_tensor_p.tolist() == [7, 0]
+    assert metadata.late_decodes is not None
+    assert metadata.late_decodes.tokens.tolist() == [4]
+    assert metadata.late_decodes.read_slots.tolist() == [13]
+    assert metadata.late_decodes.write_slots.tolist() == [[11, 12, 13, 14]]
+
+
+def test_recomputed_tokens_do_not_pass_for_drafts(config: Any, layer: Any) -> None:
+    """A preempted request is past its prompt; a prefill keeps the state after its last token, as the next step asks."""
+    rows = [Row(30, 3, 8, [3, 4, 5, 6]), Row(20, 4, 8, [7, 8, 9, 10], drafts=3, accepted=2)]
+    metadata = _build(_builder(config, layer, drafts=3), rows)
+    assert metadata.num_decodes == 0 and metadata.state_indices_tensor_p.tolist() == [3, 0]
+    assert metadata.late_decodes is not None
+    assert metadata.late_decodes.read_slots.tolist() == [8]
+
+
+def test_model_runner_v2_says_which_prompts_are_padded(
+    config: Any, layer: Any, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a row then decodes, from zeros instead of what its slot holds."""
+    from vllm.v1.worker.gpu.model_states import init_model_state
+
+    monkeypatch.setattr(compat.MambaHybridModelState, "__init__", lambda *_: None)
+    state = init_model_state(config, tiny_model, None, torch.device("cpu"))
+    seen: list[Any] = []
+    monkeypatch.setattr(compat.MambaHybridModelState, "prepare_attn", lambda self, batch, *_, **__: seen.append(batch))
+    for known, expected in ((None, [False, True, False]), ([False, False, True], [False, True, True])):
+        batch = SimpleNamespace(
+            num_draft_tokens_per_req=np.array([3, 3, 0]),
+            is_prefilling_np=np.array([False, True, True]),
+            prefill_runs_as_decode_np=None if known is None else np.array(known),
+        )
+        state.prepare_attn(batch, "mode")
+        assert seen.pop().prefill_runs_as_decode_np.tolist() == expected
+    untouched = SimpleNamespace(num_draft_tokens_per_req=None)
+    state.prepare_attn(untouched)
+    assert seen == [untouched]
+
+    rows = [Row(20, 4, 8, [3, 4, 5, 6], drafts=3, accepted=2), Row(0, 4, 0, [7, 8, 9, 10], drafts=3)]
+    metadata = _build(_builder(config, layer, drafts=3), rows)
+    assert metadata.num_decodes == 2 and metadata.late_decodes is None
+    assert metadata.read_slots_d is not None and metadata.read_slots_d.tolist() == [4, 0]
+
+
+def test_drafts_need_the_counts_of_accepted_tokens(config: Any, layer: Any) -> None:
+    """vLLM's builder would take every token of the step before for accepted."""
+    builder = _builder(config, layer, drafts=3)
+    with pytest.raises(RuntimeError, match="does not say how many drafts were accepted"):
+        builder.build(0, _common([Row(20, 4, 8, [3, 4, 5, 6])]))
 
 
 def test_full_graphs_find_their_slots_where_they_were_captured(config: Any, layer: Any) -> None:
@@ -181,6 +242,22 @@ def test_full_graphs_find_their_slots_where_they_were_captured(config: Any, laye
     assert first.tolist() == [[3], [5]]
     second = _build(builder, [Row(10, 1, 4, [6]), Row(0, 0, 0, [0])]).state_indices_tensor_d
     assert second.data_ptr() == first.data_ptr() and second.tolist() == [[6], [0]]
+
+
+def test_full_graphs_with_drafts_find_the_slots_they_continue_from(config: Any, layer: Any) -> None:
+    from vllm.config import CUDAGraphMode
+
+    builder = _builder(config, layer, drafts=1)
+    builder.compilation_config = type("Config", (), {"cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY})()
+    captured = builder.build_for_cudagraph_capture(_common([Row(0, 2, 0, [0, 0]), Row(0, 2, 0, [0, 0])]))
+    rows = [Row(9, 2, 4, [3, 4], drafts=1, accepted=2), Row(0, 0, 0, [0, 0], accepted=1)]
+    replayed = _build(builder, rows)
+    for before, after, expected in (
+        (captured.read_slots_d, replayed.read_slots_d, [4, 0]),
+        (captured.state_indices_tensor_d, replayed.state_indices_tensor_d, [[3, 4], [0, 0]]),
+    ):
+        assert before is not None and after is not None
+        assert after.data_ptr() == before.data_ptr() and after.tolist() == expected
 
 
 def test_full_graphs_with_drafts_only_under_runner_v2(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +347,11 @@ def test_any_schedule_gives_every_sequence_its_own_recurrence(config: Any, layer
                 finished += 1
 
 
+@pytest.mark.parametrize("runner", ["v1", "v2"])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_acceptance_gives_every_sequence_its_own_recurrence(config: Any, layer: Any, seed: int) -> None:
+def test_any_acceptance_gives_every_sequence_its_own_recurrence(
+    config: Any, layer: Any, seed: int, runner: str
+) -> None:
     """Speculative decoding: rejected drafts must leave no trace, in whatever order the rows stand."""
     generator = torch.Generator().manual_seed(seed)
     drafts, width = 2, 3 * layer.num_heads * layer.head_dim
@@ -290,25 +370,24 @@ def test_any_acceptance_gives_every_sequence_its_own_recurrence(config: Any, lay
     for _ in range(10):
         if waiting and pick(0, 1):
             running.append(waiting.pop())
-        decoding = [r for r in running if r.computed]
-        fresh = [r for r in running if not r.computed]
+        stepping = [r for r in running if r.computed] + [r for r in running if not r.computed]
+        if runner == "v2":  # which sorts by drafts and numbers of tokens, here in any order at all
+            stepping = [stepping[i] for i in torch.randperm(len(stepping), generator=generator).tolist()]
         rows, parts = [], []
-        for request in decoding + fresh:
-            drafted = request.computed > 0 or request.prompt == 1
-            query = 1 + drafts if drafted else request.prompt
-            truth = request.qkv[request.computed : request.computed + (1 if drafted else query)]
+        for request in stepping:
+            padded = not request.computed and request.prompt == 1
+            proposed = drafts if padded else (drafts * pick(0, 1) if request.computed else -1)
+            query = request.prompt if proposed < 0 else 1 + proposed
+            truth = request.qkv[request.computed : request.computed + (query if proposed < 0 else 1)]
             parts.append(torch.cat([truth, torch.randn(query - len(truth), width, generator=generator)]))
-            row = Row(request.computed, query, request.prompt, request.slots, drafts if drafted else -1)
-            row.accepted = request.accepted
-            rows.append(row)
+            prompt = 0 if padded and runner == "v2" else request.prompt
+            rows.append(Row(request.computed, query, prompt, request.slots, proposed, request.accepted))
         keep = [pick(1, row.query) if row.drafts > 0 else row.query for row in rows]
-        for part, row, kept, request in zip(parts, rows, keep, decoding + fresh, strict=True):
+        for part, row, kept, request in zip(parts, rows, keep, stepping, strict=True):
             if row.drafts > 0:  # accepted drafts are those that equal the sequence
                 part[:kept] = request.qkv[request.computed : request.computed + kept]
         out = _step(layer, _build(builder, rows), parts)
-        for part, row, kept, request in zip(
-            out.split([row.query for row in rows]), rows, keep, decoding + fresh, strict=True
-        ):
+        for part, row, kept, request in zip(out.split([row.query for row in rows]), rows, keep, stepping, strict=True):
             request.outputs.append(part[:kept])
             request.computed += kept
             request.accepted = kept if row.drafts > 0 else 1
