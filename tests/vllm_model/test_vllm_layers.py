@@ -102,6 +102,14 @@ def test_heads_must_split_over_the_ranks(tiny_config_of_vllm: Any, monkeypatch: 
         model_module.MiniMaxModel(vllm_config=tiny_config_of_vllm, prefix="model")
 
 
+def test_a_model_checks_where_its_graphs_split(tiny_config_of_vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minimax_plugin.vllm_model.model import MiniMaxModel
+
+    monkeypatch.setattr(tiny_config_of_vllm.compilation_config, "splitting_ops", ["vllm::unified_attention"])
+    with pytest.raises(ValueError, match="without 'minimax_plugin::lightning_layer'"):
+        MiniMaxModel(vllm_config=tiny_config_of_vllm, prefix="model")
+
+
 def test_norm_spans_the_heads_of_all_ranks(distributed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, one after the other in this process, against the norm over all heads in float64."""
     heads, dim, tokens = 6, 16, 5

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -63,13 +67,48 @@ def test_capabilities_that_vllm_reads_from_the_class() -> None:
 
 
 def test_compiled_graphs_split_around_the_state() -> None:
+    from vllm.compilation.partition_rules import should_split
     from vllm.config import CompilationConfig
+
+    from minimax_plugin.vllm_model import lightning  # noqa: F401 - defines the operator
 
     register()
     config = CompilationConfig(mode=3)
     config.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
     assert compat.LIGHTNING_OP in (config.splitting_ops or [])
     assert config.splitting_ops_contain_attention()
+    node = torch.fx.Graph().call_function(torch.ops.minimax_plugin.lightning_layer.default)
+    assert should_split(node, config.splitting_ops or [])
+
+
+@pytest.mark.parametrize(
+    ("splitting_ops", "refused"),
+    [
+        (["vllm::unified_attention_with_output"], True),
+        (["vllm::unified_attention_with_output", compat.LIGHTNING_OP], False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_graphs_that_split_elsewhere_only_are_refused(splitting_ops: list[str] | None, refused: bool) -> None:
+    """By the user's hand, or in a release of vLLM that no longer reads the list the operator is put on."""
+    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(splitting_ops=splitting_ops))
+    with pytest.raises(ValueError, match="without 'minimax_plugin::lightning_layer'") if refused else nullcontext():
+        compat.require_splitting_op(config, compat.LIGHTNING_OP)
+
+
+def test_breakable_graphs_run_the_operator_between_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.compilation import breakable_cudagraph
+
+    from minimax_plugin.vllm_model import lightning
+
+    monkeypatch.setattr(breakable_cudagraph, "is_breakable_cudagraph_enabled", lambda: True)
+    body = lightning.lightning_layer
+    wrapped = compat.eager_during_capture(body)
+    assert wrapped is not body
+    # vLLM registers the wrapped function, whose annotations are strings of another module.
+    schema = torch.library.infer_schema(wrapped, mutates_args=["out", "sumsq"])
+    assert schema == "(Tensor qkv, Tensor(a1!) out, Tensor(a2!) sumsq, str layer_name) -> ()"
 
 
 @pytest.mark.parametrize(
