@@ -217,7 +217,7 @@ def test_rows_can_be_repeated_and_selected(model: PreTrainedModel, ids: Tensor, 
     with torch.no_grad():
         model(ids[:, :20], past_key_values=cache)
         cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([3, 0]))
+        cache.batch_select_indices(torch.tensor([2, 1]))
         cache.crop(-2)
         logits = model(ids[:, 18:30].flip(0), past_key_values=cache).logits
     assert (logits - reference[:, 18:30].flip(0)).abs().max() <= 1e-3

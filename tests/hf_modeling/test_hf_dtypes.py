@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from minimax_plugin.hf_modeling.batch import LightningBatch
 from minimax_plugin.hf_modeling.cache import adopt_cache
 from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
-from minimax_plugin.hf_modeling.layers import MiniMaxM1LightningAttention, MiniMaxM1RotaryEmbedding, apply_rotary
+from minimax_plugin.hf_modeling.layers import (
+    MiniMaxM1LightningAttention,
+    MiniMaxM1RotaryEmbedding,
+    MiniMaxM1TopKRouter,
+    apply_rotary,
+)
 from minimax_plugin.hf_modeling.modeling_minimax_m1 import MiniMaxM1ForCausalLM
 
 
@@ -48,6 +53,30 @@ def test_what_stays_fp32(tmp_path: Path, make: Callable[[Path], PreTrainedModel]
             assert torch.equal(layer.self_attn.slopes(model.device).double(), slopes(4, layer_idx, 4))
             assert layer.self_attn.out_proj.weight.dtype == model.dtype
     assert model.model.rotary_emb(output.logits, torch.arange(3)[None])[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-module", "autocast"])
+def test_router_multiplies_in_fp32(autocast: bool) -> None:
+    """A product in bf16 is off by 1e-2 and picks other experts for some of the tokens."""
+    router = MiniMaxM1TopKRouter(MiniMaxM1Config(**tiny_config(hidden_size=512, num_local_experts=32)))
+    nn.init.normal_(router.weight, std=512**-0.5)
+    x = torch.randn(2000, 512).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        logits, weights, chosen = router.to(torch.bfloat16)(x)
+    expected = x.double() @ router.weight.double().T
+    assert (logits - expected).abs().max() <= 1e-5
+    assert torch.equal(chosen, expected.topk(2).indices)
+    best = expected.gather(1, chosen).softmax(-1)
+    assert (weights - best).abs().max() <= 1e-5
+
+
+def test_logits_are_a_product_in_fp32(tmp_path: Path) -> None:
+    model = loaded(write_checkpoint(tmp_path, tiny_config())).eval()
+    with torch.no_grad():
+        output = model(random_ids(1, 9), output_hidden_states=True)
+    expected = output.hidden_states[-1].double() @ model.lm_head.weight.double().T
+    assert output.hidden_states[-1].dtype == model.lm_head.weight.dtype == torch.bfloat16
+    assert (output.logits - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

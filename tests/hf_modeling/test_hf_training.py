@@ -75,7 +75,11 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     expected = {name: gradient.clone() for name, gradient in named_gradients(model).items()}
     model.zero_grad()
     model.gradient_checkpointing_enable()
+    calls: list[int] = []
+    for layer_idx, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, layer_idx=layer_idx: calls.append(layer_idx))
     model(ids, labels=ids).loss.backward()
+    assert calls == [0, 1, 2, 3, 3, 2, 1, 0]  # Run again, last to first.
     for name, gradient in named_gradients(model).items():
         assert torch.equal(gradient, expected[name]), name
 
