@@ -161,8 +161,10 @@ def test_converted_checkpoint(golden_dir: Path, tmp_path: Path, vllm_cache: Path
         {"postnorm": False, "layernorm_mlp_alpha": 1.0, "layernorm_full_attention_beta": 0.5, "num_experts_per_tok": 3},
         {"shared_intermediate_size": 24, "shared_moe_mode": "softmax", "tie_word_embeddings": True},
         {"rotary_dim": 32, "num_local_experts": 2, "head_dim": 64},
+        {"attn_type_list": [0, 0, 0], "num_hidden_layers": 3},
+        {"attn_type_list": [1, 1], "num_hidden_layers": 2},
     ],
-    ids=["six-heads", "pre-norm-top-3", "shared-softmax-tied", "full-rotation"],
+    ids=["six-heads", "pre-norm-top-3", "shared-softmax-tied", "full-rotation", "all-lightning", "all-softmax"],
 )
 def test_other_architectures(changes: dict[str, Any], tmp_path: Path, vllm_cache: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "model", tiny_config(hidden_size=64, **changes))
