@@ -472,6 +472,7 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
     forms = [
         scan("prefill", serving, **fixed, ACT=True, INITIAL="flags"),
         scan("prefill all", serving, True, **fixed, ACT=True, INITIAL="flags"),
+        scan("prefill short", serving | {"starts_ptr": None}, **fixed, ACT=True, INITIAL="flags"),
         scan("forward", training, **fixed, ACT=False, INITIAL="always"),
         scan("dv", training, **fixed | {"REVERSE": True}, ACT=False, INITIAL="always"),
         state("prefill", serving, ACT=True, REVERSE=False),
@@ -479,8 +480,11 @@ def _forms(architecture: str, dtype: torch.dtype, precision: str, *, all_roles: 
     if all_roles:
         turned: dict[str, Any] = {"TRANSPOSED": True, "STORE": False, "ACT": False, "INITIAL": "always"}
         forms += [
+            scan("packed", training, **fixed, ACT=True, INITIAL="zeros"),
             scan("dq", training, REVERSE=False, **turned),
             scan("dk", training, REVERSE=True, **turned),
+            state("packed", training, ACT=True, REVERSE=False),
+            state("stretch", training, ACT=False, REVERSE=False, ALL=True),
             state("forward", training, ACT=False, REVERSE=False),
             state("backward", training, ACT=False, REVERSE=True),
         ]

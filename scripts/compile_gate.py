@@ -48,7 +48,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 TYPES |= {torch.bool: "i1"}
 
-#: Triton names the sum of both kinds of spill instructions on NVIDIA, and the spilled registers on AMD.
+#: Allowed spills by architecture and form: loads and stores together on NVIDIA, registers on AMD.
 Budget = dict[str, dict[str, int]]
 
 
