@@ -59,19 +59,19 @@ def time_prefill(bench: Bench, case: str, heads: int, lengths: list[int]) -> Non
     q, k, v = qkv.chunk(3, dim=-1)
     pool = torch.zeros(len(lengths), heads, HEAD_DIM, HEAD_DIM, device=bench.device)
     out = torch.empty(bounds[-1], heads, HEAD_DIM, dtype=torch.bfloat16, device=bench.device)
-    calls = {
-        OURS: prefill_call(qkv, slopes, pool, bounds, out),
-        f"{OURS}, high": prefill_call(qkv, slopes, pool, bounds, out, precision="high"),
-        f"{OURS}, silu inside": prefill_call(raw, slopes, pool, bounds, out, activation="silu"),
+    ours = functools.partial(prefill_call, slopes=slopes, pool=pool, bounds=bounds, out=out)
+    calls: dict[str, Callable[[], Call]] = {
+        OURS: functools.partial(ours, qkv),
+        f"{OURS}, high": functools.partial(ours, qkv, precision="high"),
+        f"{OURS}, silu inside": functools.partial(ours, raw, activation="silu"),
     }
-    expected = timing.chunked_fp64(q, k, v, slopes, bounds)
-    floor = PREFILL_BYTES * bounds[-1] * heads
-    for name, call in calls.items():
-        bench.time("prefill", case, name, call, floor, expected=expected)
     for peer in bench.present("prefill"):
         assert peer.prefill is not None
-        call = peer.prefill(q, k, v, slopes, bounds)
-        bench.time("prefill", case, peer.name, call, floor, expected=expected)
+        calls[peer.name] = functools.partial(peer.prefill, q, k, v, slopes, bounds)
+    expected = timing.chunked_fp64(q, k, v, slopes, bounds)
+    floor = PREFILL_BYTES * bounds[-1] * heads
+    for name, prepare in calls.items():
+        bench.time("prefill", case, name, prepare, floor, expected=expected)
 
 
 def decode(bench: Bench, quick: bool) -> None:
@@ -104,7 +104,11 @@ def time_decode(bench: Bench, case: str, heads: int, batch: int) -> None:
     # More pools than the L2 cache holds, so that every step finds its states in memory, as 70 layers do.
     pools = timing.rotated_pools(batch, heads, HEAD_DIM, bench.device)
     for name, make in calls.items():
-        bench.time("decode", case, name, timing.Rotation([make(pool) for pool in pools]), floor, graph=True)
+        bench.time("decode", case, name, functools.partial(_rotate, make, pools), floor, graph=True)
+
+
+def _rotate(make: Callable[[Tensor], Call], pools: Sequence[Tensor]) -> Call:
+    return timing.Rotation([make(pool) for pool in pools])
 
 
 def _peer_decode(
@@ -144,7 +148,7 @@ def time_verify(bench: Bench, case: str, heads: int, batch: int) -> None:
     pools = timing.rotated_pools(batch * (DRAFTS + 1), heads, HEAD_DIM, bench.device)
     for name, (make, states) in calls.items():
         floor = batch * heads * states * STATE_BYTES + tokens
-        bench.time("verify", case, name, timing.Rotation([make(pool) for pool in pools]), floor, graph=True)
+        bench.time("verify", case, name, functools.partial(_rotate, make, pools), floor, graph=True)
 
 
 def train(bench: Bench, quick: bool) -> None:
@@ -159,15 +163,19 @@ def time_train(bench: Bench, case: str, heads: int, tokens: int) -> None:
     slopes, shape = make_slopes(heads, bench.device), (1, tokens, heads, HEAD_DIM)
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device=bench.device).requires_grad_() for _ in range(3))
     grad = torch.randn(shape, dtype=torch.bfloat16, device=bench.device)
-    calls: dict[str, Call] = {OURS: lambda: ops.lightning_attention(q, k, v, slopes)[0]}
+    calls: dict[str, Callable[[], Call]] = {OURS: lambda: lambda: ops.lightning_attention(q, k, v, slopes)[0]}
     for peer in bench.present("train"):
         assert peer.train is not None
-        calls[peer.name] = peer.train(q, k, v, slopes)
+        calls[peer.name] = functools.partial(peer.train, q, k, v, slopes)
     floor = PREFILL_BYTES * tokens * heads
-    for name, forward in calls.items():
-        bench.time("train", f"{case}, forward", name, forward, floor)
-        both = timing.forward_backward(forward, (q, k, v), grad)
+    for name, prepare in calls.items():
+        bench.time("train", f"{case}, forward", name, prepare, floor)
+        both = functools.partial(_with_backward, prepare, (q, k, v), grad)
         bench.time("train", f"{case}, with backward", name, both, floor + BACKWARD_BYTES * tokens * heads)
+
+
+def _with_backward(prepare: Callable[[], Call], leaves: Sequence[Tensor], grad: Tensor) -> Call:
+    return timing.forward_backward(prepare(), leaves, grad)
 
 
 def mixer(bench: Bench, quick: bool) -> None:
@@ -199,7 +207,9 @@ def time_mixer(bench: Bench, case: str, lengths: list[int]) -> None:
 
     states = 2 * STATE_BYTES * heads * len(lengths) if decoding else 0
     # The norm reads the output and the gate and writes its result.
-    bench.time("mixer", case, OURS, run, (PREFILL_BYTES + 6 * HEAD_DIM) * tokens * heads + states, graph=decoding)
+    bench.time(
+        "mixer", case, OURS, lambda: run, (PREFILL_BYTES + 6 * HEAD_DIM) * tokens * heads + states, graph=decoding
+    )
 
 
 def prefill_call(

@@ -4,9 +4,10 @@
     python benchmarks/kernels.py --csv kernels.csv --plot kernels.png
     python benchmarks/kernels.py --fla FOLDER --vllm FILE --seg-la FILE --opennlplab FILE
 
-Every implementation is first held against the float64 recurrence, then timed (median). Times are shown beside the least
-time the bytes of the task can take at the copy bandwidth measured in the same run. Without a GPU the correctness of the
-CPU path is checked and every timed row is marked "needs a GPU"; a peer that is not there has rows marked "absent".
+Every variant of ours, and prefill and decode of the peers, are first held against the float64 recurrence, then timed
+(median). Times are shown beside the least time the bytes of the task can take at the copy bandwidth measured in the same
+run. Without a GPU the correctness of the CPU path is checked and every timed row is marked "needs a GPU"; a peer that is
+not there has rows marked "absent".
 
 Exit status: 1 if one of our own rows is wrong, else 0.
 
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -41,7 +43,8 @@ BOUNDS = {torch.float32: (1e-6, 1e-5), torch.bfloat16: (3e-3, 5e-3)}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``error`` is relative in the 2-norm, ``of_floor`` how much of the floor was reached."""
+    """One line of the table; ``error`` is relative in the 2-norm, ``of_floor`` how much of the floor was reached,
+    ``gb_per_s`` the bytes of the floor over the time."""
 
     machine: str
     section: str
@@ -51,6 +54,7 @@ class Row:
     us: float | None = None
     floor_us: float | None = None
     of_floor: float | None = None
+    gb_per_s: float | None = None
     error: float | None = None
     peak_mib: float | None = None
     launches: int | None = None
@@ -80,21 +84,23 @@ class Bench:
         section: str,
         case: str,
         name: str,
-        call: Call,
+        prepare: Callable[[], Call],
         floor: int,
         *,
         expected: Tensor | None = None,
         graph: bool = False,
     ) -> None:
-        """Time ``call``, that must move ``floor`` bytes; a peer that fails has its row say so."""
+        """Time what ``prepare`` returns and what must move ``floor`` bytes; a peer that fails in either says so."""
         try:
+            call = prepare()
             error = None if expected is None else timing.relative_error(call(), expected)
             timed = timing.measure(call, graph=graph)
         # Peers raise what they like (out of memory, unsupported shapes); the table goes on.
         except Exception as failure:
             if name.startswith(OURS):
                 raise
-            torch.cuda.synchronize()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
             reason = (str(failure).strip().splitlines() or [""])[0]
             self.add(section, case, name, f"failed: {type(failure).__name__}: {reason[:80]}")
             return
@@ -107,6 +113,7 @@ class Bench:
             us=timed.us,
             floor_us=floor_us,
             of_floor=floor_us / timed.us,
+            gb_per_s=1e-3 * floor / timed.us,
             error=error,
             peak_mib=timed.peak_mib,
             launches=timed.launches,
@@ -181,16 +188,34 @@ def correctness(bench: Bench) -> None:
 
 
 def check_peers(bench: Bench, qkv: Tensor, slopes: Tensor, bounds: list[int], expected: Tensor, bound: float) -> None:
+    """Prefill of the sequences, and one decode step of four others."""
     q, k, v = qkv.chunk(3, dim=-1)
     for peer in bench.present("prefill"):
         assert peer.prefill is not None
-        try:
-            error = timing.relative_error(peer.prefill(q, k, v, slopes, bounds)(), expected)
-        # Peers raise what they like; the table goes on.
-        except Exception as failure:
-            bench.add("correctness", "prefill bf16", peer.name, f"failed: {type(failure).__name__}")
-        else:
-            bench.check("prefill bf16", peer.name, error, bound)
+        check_peer(
+            bench, "prefill bf16", peer, functools.partial(peer.prefill, q, k, v, slopes, bounds), expected, bound
+        )
+    q, k, v = q[:4], k[:4], v[:4]
+    states = torch.randn(4, qkv.shape[1], q.shape[2], q.shape[2], device=bench.device)
+    slots = torch.arange(4, dtype=torch.int32, device=bench.device)
+    rows = [slice(n, n + 1) for n in range(4)]
+    expected = torch.cat([reference.recurrence_fp64(q[n], k[n], v[n], slopes, states[n][0])[0] for n in rows])
+    for peer in bench.present("decode"):
+        assert peer.decode is not None
+        prepare = functools.partial(peer.decode, q, k, v, slopes, states.clone(), slots)
+        check_peer(bench, "decode bf16", peer, prepare, expected, bound)
+
+
+def check_peer(
+    bench: Bench, case: str, peer: Peer, prepare: Callable[[], Call], expected: Tensor, bound: float
+) -> None:
+    try:
+        error = timing.relative_error(prepare()(), expected)
+    # Peers raise what they like; the table goes on.
+    except Exception as failure:
+        bench.add("correctness", case, peer.name, f"failed: {type(failure).__name__}")
+    else:
+        bench.check(case, peer.name, error, bound)
 
 
 def check_decode(bench: Bench, label: str, qkv: Tensor, slopes: Tensor, state: Tensor, bound: float) -> None:
@@ -207,6 +232,7 @@ def check_decode(bench: Bench, label: str, qkv: Tensor, slopes: Tensor, state: T
     padding = float(out[:, 1].abs().max())
     bench.check(f"decode {label}", OURS, timing.relative_error(out[:, 0], expected) + padding, bound)
     bench.check(f"decode {label} state", OURS, timing.relative_error(pool[1], final), 1e-5)
+    check_verify(bench, label, qkv[:steps], slopes, state, expected, bound)
     for chunk in replay.CHUNKS:
         case = make_replay(qkv, slopes, state, chunk)
         results = []
@@ -214,6 +240,21 @@ def check_decode(bench: Bench, label: str, qkv: Tensor, slopes: Tensor, state: T
             stop = min(start + 4, steps)
             results.append(case.step(qkv[start:stop]))
         bench.check(f"replay {chunk} {label}", OURS, timing.relative_error(torch.cat(results), expected), bound)
+
+
+def check_verify(
+    bench: Bench, label: str, qkv: Tensor, slopes: Tensor, state: Tensor, expected: Tensor, bound: float
+) -> None:
+    """Four tokens a call, the last state of each call in the slot that the next one reads."""
+    pool = torch.full((5, *state.shape), float("nan"), device=bench.device)
+    pool[4] = state
+    out = torch.full_like(expected, float("nan"), dtype=qkv.dtype)
+    reads, writes = (torch.tensor(x, dtype=torch.int32, device=bench.device) for x in ([4], [[0, 1, 2, 4]]))
+    for start in range(0, qkv.shape[0], 4):
+        part = qkv[start : start + 4]
+        bounds = torch.tensor([0, len(part)], dtype=torch.int32, device=bench.device)
+        ops.lightning_verify(part, slopes, pool, reads, writes, bounds, out=out[start : start + 4], activation=None)
+    bench.check(f"verify {label}", OURS, timing.relative_error(out, expected), bound)
 
 
 @dataclass

@@ -52,6 +52,7 @@ def test_kernel_rows_without_a_gpu_say_so(tmp_path: Path) -> None:
     output = run_script("kernels.py", "--quick", "--csv", str(table))
     rows = read_csv(table)
     assert "0 of ours wrong" in output
+    assert {"prefill", "decode", "verify", "replay", "gradient"} <= {row["case"].split()[0] for row in rows}
     assert {row["section"] for row in rows} == {"correctness", "prefill", "decode", "verify", "train", "mixer"}
     for row in rows:
         if row["section"] == "correctness":
@@ -83,19 +84,62 @@ def test_gpu_sections_run_with_the_clock_taken_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(kernel_timing, "BEYOND_L2", 1)
     monkeypatch.setattr(kernel_sections, "HEAD_DIM", 32)
     monkeypatch.setattr(kernels.Bench, "ready", lambda *_: True)
+
+    def unusable(*_: Any) -> Any:
+        raise TypeError("unexpected argument")
+
     peers = [peer for peer in kernel_peers.load_peers({}, on_gpu=False) if peer.name == kernel_peers.ORIGINAL]
-    bench = kernels.Bench(torch.device("cpu"), peers)
+    sections = ("prefill", "decode", "train")
+    broken = kernel_peers.Peer("broken", sections, prefill=unusable, decode=unusable, train=unusable)
+    bench = kernels.Bench(torch.device("cpu"), [*peers, broken])
     kernel_sections.time_prefill(bench, "ragged", 2, [5, 70, 130])
     kernel_sections.time_decode(bench, "batch 3", 2, 3)
     kernel_sections.time_verify(bench, "batch 3", 2, 3)
     kernel_sections.time_train(bench, "100 tokens", 2, 100)
     kernel_sections.time_mixer(bench, "prefill", [20])
     kernel_sections.time_mixer(bench, "decode", [1] * 3)
-    assert len(outputs) == len(bench.rows) == 4 + 3 + 2 + 4 + 2
+    failed = [row for row in bench.rows if row.implementation == "broken"]
+    assert [row.status for row in failed] == ["failed: TypeError: unexpected argument"] * 4
+    assert len(outputs) == len(bench.rows) - len(failed) == 4 + 3 + 2 + 4 + 2
     assert all(torch.isfinite(out).all() for out in outputs)
-    assert {row.status for row in bench.rows} == {"measured"}
+    assert {row.status for row in bench.rows if row not in failed} == {"measured"}
+    assert all(row.gb_per_s for row in bench.rows if row not in failed)
     prefill = [row for row in bench.rows if row.error is not None]
     assert len(prefill) == 4 and all(row.error < 5e-3 for row in prefill if row.error is not None)
+
+
+def test_peers_are_held_against_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers that are right, wrong in decode, and unusable."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    from benchmarks import kernel_peers, kernels
+
+    def decode(q: Any, k: Any, v: Any, slopes: Any, states: Any, slots: Any) -> Any:
+        decayed = torch.exp(-slopes)[:, None, None] * states[slots.long()]
+        return lambda: torch.einsum(
+            "nhk,nhkv->nhv", q.float(), decayed + k[..., None].float() * v[..., None, :].float()
+        )
+
+    def unusable(*_: Any) -> Any:
+        raise TypeError
+
+    original = next(peer for peer in kernel_peers.load_peers({}, on_gpu=False) if peer.name == kernel_peers.ORIGINAL)
+    peers = [
+        kernel_peers.Peer("right", ("prefill", "decode"), prefill=original.prefill, decode=decode),
+        kernel_peers.Peer("wrong", ("decode",), decode=lambda q, k, v, s, *rest: decode(q, k, v, 2 * s, *rest)),
+        kernel_peers.Peer("unusable", ("prefill",), prefill=unusable),
+    ]
+    bench = kernels.Bench(torch.device("cpu"), peers)
+    qkv, slopes = torch.randn(40, 2, 48).bfloat16(), torch.tensor([0.9, 0.1])
+    q, k, v = qkv.chunk(3, dim=-1)
+    expected = kernels.timing.chunked_fp64(q, k, v, slopes, [0, 15, 40])
+    kernels.check_peers(bench, qkv, slopes, [0, 15, 40], expected, 3e-3)
+    status = {(row.implementation, row.case): row.status for row in bench.rows}
+    assert status == {
+        ("right", "prefill bf16"): "right",
+        ("right", "decode bf16"): "right",
+        ("wrong", "decode bf16"): "WRONG, bound 3e-03",
+        ("unusable", "prefill bf16"): "failed: TypeError",
+    }
 
 
 def test_fast_oracle_is_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
