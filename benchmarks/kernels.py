@@ -5,9 +5,9 @@
     python benchmarks/kernels.py --fla FOLDER --vllm FILE --seg-la FILE --opennlplab FILE
 
 Every variant of ours, and prefill and decode of the peers, are first held against the float64 recurrence, then timed
-(median). Times are shown beside the least time the bytes of the task can take at the copy bandwidth measured in the same
-run. Without a GPU the correctness of the CPU path is checked and every timed row is marked "needs a GPU"; a peer that is
-not there has rows marked "absent".
+(median). Times are shown beside the least time the bytes of the task can take at the copy bandwidth measured in the
+same run. Without a GPU the correctness of the CPU path is checked and every timed row is marked "needs a GPU"; a peer
+that is not there has rows marked "absent".
 
 Exit status: 1 if one of our own rows is wrong, else 0.
 
