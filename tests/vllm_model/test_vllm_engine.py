@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from oracle import Oracle  # noqa: E402
-from vllm_engine_process import INTERPRETED_TRITON_ENV, EngineProcess  # noqa: E402
+from vllm_engine_process import HAS_CPP_COMPILER, INTERPRETED_TRITON_ENV, EngineProcess  # noqa: E402
 from vllm_references import (  # noqa: E402
     Expected,
     assert_equal,
@@ -120,6 +120,7 @@ def test_preemption_with_a_prefix_cache(caching_engine: EngineProcess, checkpoin
     assert caching_engine.facts()["preemptions"] > before
 
 
+@pytest.mark.skipif(not HAS_CPP_COMPILER, reason="no C++ compiler")
 def test_torch_compile(checkpoints: dict[str, Path], golden_dir: Path, vllm_cache: Path) -> None:
     """Text-01 with a shared expert, compiled, prefix cache with hits at multiples of 32 tokens."""
     cases = golden_case(golden_dir, "f_text01_shared")

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ COMMON_ARGS: dict[str, Any] = {
     "disable_log_stats": False,
 }
 
+HAS_CPP_COMPILER = shutil.which(os.environ.get("CXX", "g++")) is not None
+
 #: One process and one thread: with more, the in-process engine is many times slower on a busy machine.
 COMMON_ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -38,6 +41,9 @@ COMMON_ENV = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+if not HAS_CPP_COMPILER:
+    # On a CPU vLLM compiles small functions of its own even when it is asked to run eagerly.
+    COMMON_ENV["TORCHDYNAMO_DISABLE"] = "1"
 
 #: Environment that runs Model Runner V2, the default on a GPU, with its Triton kernels interpreted.
 INTERPRETED_TRITON_ENV = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
