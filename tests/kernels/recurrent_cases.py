@@ -294,6 +294,38 @@ def test_offsets_beyond_2_31_elements(part: str) -> None:
     assert torch.equal(states, expected_states)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="reserves address space without memory, on a CPU only")
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [(kernel, part) for kernel in ("verify", "replay") for part in ("qkv", "state", "out")] + [("replay", "ring")],
+)
+def test_offsets_of_several_tokens_beyond_2_31_elements(kernel: str, part: str) -> None:
+    far, bounds = 2**31 // 2 + 64, slot_tensor(0, 1, 3)
+    rings = torch.zeros(2, 3, replay.replay_ring_rows(), len(SLOPES), 32)
+    near = {"qkv": tokens(3, 32, torch.float32), "state": pool(3, 32), "k_ring": rings[0], "v_ring": rings[1]}
+    near["out"], _ = outputs(3, 32, torch.float32, False)
+
+    def run(x: dict[str, Tensor]) -> None:
+        if kernel == "verify":
+            slots = (slot_tensor(2, 1), torch.stack([slot_tensor(2, -1), slot_tensor(1, 0)]))
+            recurrent.verify(
+                x["qkv"], slopes(), x["state"], *slots, bounds, x["out"], None, activation="silu", null_slot=-1
+            )
+            return
+        # The second sequence folds a chunk of its ring.
+        counts = (slot_tensor(2, 0), slot_tensor(0, 3), slot_tensor(1, 19))
+        replay.launch(
+            x["qkv"], slopes(), x["state"], x["k_ring"], x["v_ring"], *counts, bounds, x["out"], None,
+            chunk=16, max_query=2, activation="silu", null_slot=-1,
+        )  # fmt: skip
+
+    spoiled = {name: spread(x, far) if part in name else x.clone() for name, x in near.items()}
+    run(near)
+    run(spoiled)
+    for name, x in near.items():
+        assert torch.equal(spoiled[name], x), name
+
+
 def spread(x: Tensor, stride: int) -> Tensor:
     """A copy of ``x`` whose first dim has the given stride, in address space backed only where it is touched."""
     size = 4 * ((x.shape[0] - 1) * stride + x[0].numel())
