@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from oracle import tiny_config
@@ -17,7 +18,9 @@ from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from minimax_plugin.architecture import LIGHTNING_NORM_EPS, lightning_slopes  # noqa: E402
+from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
+
+from minimax_plugin.architecture import LIGHTNING_NORM_EPS  # noqa: E402
 from minimax_plugin.kernels.reference import recurrence_fp64  # noqa: E402
 from minimax_plugin.vllm_model import MiniMaxM1ForCausalLM  # noqa: E402
 from minimax_plugin.vllm_model import lightning as lightning_module  # noqa: E402
@@ -247,13 +250,19 @@ def test_padding_rows_of_the_released_vocabulary_are_never_sampled(
 
 @pytest.mark.parametrize("layer_idx", [0, 40, 78])
 def test_4000_decode_steps_in_bf16(layer_idx: int, tiny_config_of_vllm: Any) -> None:
-    """Eight of the released model's 64 heads from the fastest to the slowest decay, activations in bf16."""
-    heads, dim, steps = 8, 128, 4_000
-    slopes = torch.tensor(lightning_slopes(64, layer_idx, 80))[torch.linspace(0, 63, heads).round().long()]
-    config = tiny_config(num_attention_heads=heads, num_key_value_heads=2, head_dim=dim)
+    """A layer of the released model, with smaller heads, made as the engine makes it in bf16."""
+    heads, dim, steps, num_layers = 64, 32, 4_000, 80
+    config = tiny_config(
+        attn_type_list=[int(layer % 8 == 7) for layer in range(num_layers)],
+        num_hidden_layers=num_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        head_dim=dim,
+        rotary_dim=dim // 2,
+    )
     settings = ModelSettings.from_config(SimpleNamespace(**config, rope_parameters={}))
-    layer = LightningAttention(settings, 0, tiny_config_of_vllm, prefix=f"decode.{layer_idx}")
-    layer.slopes.copy_(slopes)
+    with set_default_torch_dtype(torch.bfloat16):
+        layer = LightningAttention(settings, layer_idx, tiny_config_of_vllm, prefix=f"decode.{layer_idx}")
     layer.bind_kv_cache(torch.zeros(2, 1, 1, heads * dim * dim * 4, dtype=torch.int8))
     generator = torch.Generator().manual_seed(layer_idx)
     qkv = torch.randn(steps, heads, 3 * dim, generator=generator).bfloat16()
@@ -262,11 +271,11 @@ def test_4000_decode_steps_in_bf16(layer_idx: int, tiny_config_of_vllm: Any) -> 
     for t in range(steps):
         layer.attend(qkv[t : t + 1], out, sumsq, metadata)
     state = layer.state_pool.states[1]
-    # The activation is part of the error: here in float64, in the layer rounded to bf16.
-    q, k, v = torch.nn.functional.silu(qkv.double()).chunk(3, -1)
-    expected_out, expected = recurrence_fp64(q, k, v, slopes)
+    q, k, v = torch.nn.functional.silu(qkv).double().chunk(3, -1)
+    expected_out, expected = recurrence_fp64(q, k, v, oracle.slopes(heads, layer_idx, num_layers))
     error = (state.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
-    assert error.max() <= 3e-3, error
+    # 3e-3 is promised, but slopes rounded to bf16 would keep that on two of the layers.
+    assert error.max() <= 1e-4, error
     output_error = (out[0].double() - expected_out[-1]).norm(dim=-1) / expected_out[-1].norm(dim=-1)
     assert output_error.max() <= 1e-2, output_error
 
