@@ -41,6 +41,7 @@ __all__ = [
     "layer_by_name",
     "layer_metadata",
     "register_custom_op",
+    "release_of",
     "require_splitting_op",
     "state_block_table",
     "uses_v2_model_runner",
@@ -80,8 +81,13 @@ def vllm_version() -> tuple[int, ...] | None:
     """
     import vllm
 
-    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    return None if match is None else (int(match[1]), int(match[2]))
+    return release_of(vllm.__version__)
+
+
+def release_of(version: str) -> tuple[int, ...] | None:
+    """Major and minor number in ``version``; None for "dev" and ``0.1.dev...``, which a clone without tags builds."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return None if match is None or version.startswith("0.1.dev") else (int(match[1]), int(match[2]))
 
 
 def warn_if_untested() -> None:

@@ -198,10 +198,15 @@ def check_vllm(*, probe: bool) -> list[Finding]:
     version = _version(distribution) or ""
     findings = [Finding("ok", "vllm", f"{distribution} {version}")]
     oldest, newest = (".".join(map(str, bound)) for bound in (compat.OLDEST_VLLM, compat.NEWEST_TESTED_VLLM))
-    if _major_minor(version) < compat.OLDEST_VLLM:
+    release = compat.release_of(version)
+    if release is None:
+        findings.append(
+            Finding("warning", "vllm", f"found {version}, which states no release; expected {oldest} or later")
+        )
+    elif release < compat.OLDEST_VLLM:
         message = f"found {version}, expected {oldest} or later: the plugin refuses to load; upgrade vLLM"
         findings.append(Finding("fault", "vllm", message))
-    elif _major_minor(version) > compat.NEWEST_TESTED_VLLM:
+    elif release > compat.NEWEST_TESTED_VLLM:
         findings.append(Finding("warning", "vllm", f"tested with {oldest} to {newest}, found {version}"))
     if _version("vllm") is None:
         findings.append(
@@ -261,12 +266,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _major_minor(version: str) -> tuple[int, ...]:
-    from packaging.version import Version
-
-    return Version(version).release[:2]
 
 
 def _one_line(text: str) -> str:

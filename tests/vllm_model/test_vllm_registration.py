@@ -112,7 +112,14 @@ def test_breakable_graphs_run_the_operator_between_their_pieces(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("version", "outcome"), [("0.30.1", "refused"), ("0.31.0", "quiet"), ("9.0.0", "warned"), ("dev", "warned")]
+    ("version", "outcome"),
+    [
+        ("0.30.1", "refused"),
+        ("0.31.0", "quiet"),
+        ("9.0.0", "warned"),
+        ("dev", "warned"),
+        ("0.1.dev1+g0123456", "warned"),
+    ],
 )
 def test_version_check(
     version: str, outcome: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
