@@ -109,6 +109,13 @@ class EngineProcess:
         request = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "lora": lora}
         return [Completion(**item) for item in self._call("generate", request)]
 
+    def prompt_logprobs(self, prompt: Sequence[int]) -> list[list[float]]:
+        """[T - 1, V]: log probabilities of every token id after each token of the prompt but the last.
+
+        The engine must be started with ``max_logprobs=-1``.
+        """
+        return self._call("prompt_logprobs", {"prompt": list(prompt)})
+
     def facts(self) -> dict[str, Any]:
         """Preemptions and accepted drafts so far, module of the runner, compilation mode, cache mode, block size."""
         return self._call("facts", {})
@@ -208,6 +215,11 @@ def _serve(requests_fd: int, replies_fd: int) -> None:
                     lora_request=LoRARequest("adapter", 1, argument["lora"]) if argument["lora"] else None,
                 )
                 result = [_completion(output) for output in outputs]
+            elif command == "prompt_logprobs":
+                everything = SamplingParams(max_tokens=1, detokenize=False, prompt_logprobs=-1)
+                (output,) = llm.generate([{"prompt_token_ids": argument["prompt"]}], everything, use_tqdm=False)
+                rows = output.prompt_logprobs[1:]
+                result = [[row[token].logprob for token in range(len(row))] for row in rows]
             elif command == "facts":
                 result = _facts(llm)
             replies.write(json.dumps(result) + "\n")
