@@ -150,8 +150,8 @@ def lightning_prefill(
         state_pool: [S, H, D, D] fp32, the last three dims contiguous, any stride between slots. Updated in place; only
             the given slots are touched.
         slot_ids: [N] int32 or int64; none twice. A value not above ``null_slot`` is padding.
-        has_initial: [N] bool; False starts from zeros whatever the slot holds. (A sequence without tokens leaves its slot
-            as it is.)
+        has_initial: [N] bool; False starts from zeros whatever the slot holds. A sequence without tokens leaves its
+            slot as it is.
         plan: segments of the T tokens.
         out: [T, H, D], written.
         sumsq: [T, H] fp32, written with the sum of squares of each output row as stored in ``out``.
