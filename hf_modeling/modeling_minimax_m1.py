@@ -202,8 +202,8 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         if past_key_values is not None:
             adopt_cache(past_key_values, self.layer_types)
             past_length = past_key_values.get_seq_length()
-        if isinstance(attention_mask, Tensor) and not torch.compiler.is_compiling():
-            self._check_mask(attention_mask, (batch_size, length), int(past_length), position_ids)
+        if isinstance(attention_mask, Tensor):
+            self._check_mask(attention_mask, (batch_size, length), past_length, position_ids)
         if position_ids is None:
             positions = torch.arange(length, device=embeds.device).unsqueeze(0) + past_length
             position_ids = positions if document_positions is None else document_positions
@@ -252,14 +252,16 @@ class MiniMaxM1Model(MiniMaxM1PreTrainedModel):
         return bounds
 
     @staticmethod
-    def _check_mask(mask: Tensor, new: tuple[int, int], past_length: int, position_ids: Tensor | None) -> None:
+    def _check_mask(mask: Tensor, new: tuple[int, int], past_length: int | Tensor, position_ids: Tensor | None) -> None:
         """Refuse a mask that does not say of every cached and new token of ``new`` = (B, T) whether it is padding."""
         if mask.dim() != 2:
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, expected [batch, tokens]: lightning layers "
                 "cannot apply a mask between pairs of tokens. To pack documents, pass position_ids without a mask"
             )
-        batch_size, length = new
+        if torch.compiler.is_compiling():
+            return  # A trace may know neither how much is cached nor what a tensor holds.
+        (batch_size, length), past_length = new, int(past_length)
         if mask.shape != (batch_size, past_length + length):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, expected {(batch_size, past_length + length)}: "

@@ -266,6 +266,13 @@ def test_mask_that_does_not_cover_the_cached_tokens_is_refused(
             model(ids[:, 6:], attention_mask=torch.ones(2, width), past_key_values=cache)
 
 
+def test_mask_between_pairs_of_tokens_is_refused_while_tracing_too(pair: tuple[PreTrainedModel, Oracle]) -> None:
+    compiled = torch.compile(pair[0], backend="eager")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 6, 6\), expected \[batch"):
+        compiled(random_ids(2, 6), attention_mask=torch.ones(2, 1, 6, 6), use_cache=False)
+    torch.compiler.reset()
+
+
 def test_bounds_that_miss_tokens_are_refused(pair: tuple[PreTrainedModel, Oracle]) -> None:
     with pytest.raises(ValueError, match="expected from 0 to 6 tokens"):
         pair[0](random_ids(1, 6), cu_seq_lens_q=torch.tensor([0, 2, 5]))
