@@ -9,7 +9,7 @@ from ``num_local_experts``. All sizes are checked by :class:`minimax_plugin.arch
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -56,6 +56,8 @@ class MiniMaxM1Config(PreTrainedConfig):
     model_type = "minimax_m1"
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_experts": "num_local_experts"}
+    #: TRL reads the attribute of any config. Empty, as no code file belongs to this class; None breaks transformers.
+    auto_map: ClassVar[dict[str, str]] = {}
     #: RoPE base of the released configuration class, used where config.json states none.
     default_theta = 1_000_000.0
 
