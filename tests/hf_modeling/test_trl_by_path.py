@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import minimax_plugin  # noqa: F401  importing it registers the classes
 from minimax_plugin.cli.tiny import TinyOptions, write_tiny_checkpoint
