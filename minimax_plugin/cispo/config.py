@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of the CISPO trainer."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+TOKEN_MASKS = ("none", "ppo", "dual")
+LOSS_AGGREGATIONS = ("token", "sample", "prompt")
+IMPORTANCE_BASES = ("train", "sampler")
+ZERO_VARIANCE_MODES = ("keep", "drop", "refill")
+ROLLOUT_CHECKS = ("warn", "error", "off")
+ROUTER_REPLAY_MODES = ("off", "train", "rollout")
+
+
+@dataclass
+class CISPOConfig(GRPOConfig):
+    """Arguments of ``CISPOTrainer``: those of TRL's ``GRPOConfig`` and the following.
+
+    Symbols are those of arXiv 2506.13585: ``r`` is the probability of a token under the policy over its probability
+    under the old policy, and the loss weighs tokens with ``clip(r, 1 - epsilon_is_low, 1 + epsilon_is_high)`` (eq. 5).
+
+    Other projects state the cap in other ways. A cap of 5.0 is ``epsilon_is_high=4.0`` here and in verl (``clip[1 -
+    clip_ratio_low, 1 + clip_ratio_high]``), SkyRL (the same; its defaults became 1 and 4) and open-instruct (``1 +
+    clip_higher``), but ``epsilon_high=5.0`` in TRL's ``loss_type="cispo"`` (``clamp(r, max=epsilon_high)``), which
+    otherwise takes ``epsilon = 0.2`` for the cap. verl and SkyRL have a lower bound too: ``epsilon_is_low``.
+
+    Raises:
+        ValueError: a value that cannot be meant; the message names the field, its value and what was expected.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_llm_kwargs"]
+
+    # Defaults of TRL and transformers that the report sets otherwise
+    loss_type: str = field(default="cispo", metadata={"help": "'cispo', the only loss of this trainer."})
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL divergence to the reference model. The report has none."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "First moment decay of AdamW (section 3.2)."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second moment decay of AdamW (section 3.2)."})
+    adam_epsilon: float = field(
+        default=1e-15,
+        metadata={"help": "Epsilon of AdamW: gradients range from 1e-18 to 1e-5, most below 1e-14 (section 3.2)."},
+    )
+    cast_lm_head_to_fp32: bool = field(
+        default=True, metadata={"help": "Compute logits in fp32 from fp32 weights (section 3.2). Not for tied heads."}
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the load-balancing loss of a mixture of experts. 0.0 switches it off; None takes the "
+            "model config's (0.001 in MiniMax-M1), which moves weights even when every group has zero variance."
+        },
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={
+            "help": "How the ratio of trainer to vLLM probabilities corrects the loss. TRL's default multiplies the "
+            "ratios of a sequence, which masks most sequences once they are long."
+        },
+    )
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=2.0, metadata={"help": "Cap of that ratio. TRL's default is 3.0."}
+    )
+
+    # The loss
+    epsilon_is_high: float = field(
+        default=4.0,
+        metadata={
+            "help": "Importance weights are capped at 1 + epsilon_is_high (eq. 5); inf for no cap. TRL's cap X is "
+            "epsilon_is_high = X - 1; verl, SkyRL and open-instruct state it as here."
+        },
+    )
+    epsilon_is_low: float | None = field(
+        default=None,
+        metadata={
+            "help": "Importance weights are at least 1 - epsilon_is_low (eq. 5). None for no lower bound, as in the "
+            "report's runs, TRL and open-instruct; verl and SkyRL have one."
+        },
+    )
+    token_mask: str = field(
+        default="none",
+        metadata={
+            "help": "Tokens left out of the loss. 'none'; 'ppo': those that PPO's clipping leaves out, eq. 7 with the "
+            "bounds 1 - epsilon and 1 + epsilon_high (epsilon if unset); 'dual': also those with a negative advantage "
+            "and a ratio above dual_clip_ratio."
+        },
+    )
+    dual_clip_ratio: float | None = field(
+        default=None, metadata={"help": "Upper ratio for negative advantages of token_mask='dual', above 1."}
+    )
+    loss_aggregation: str = field(
+        default="token",
+        metadata={
+            "help": "'token': mean over the tokens of the batch, as TRL and verl read eq. 4. 'sample': mean over "
+            "completions of the mean over tokens. 'prompt': mean over prompts of the mean over the tokens of their "
+            "group, eq. 4 to the letter, and ScaleRL's choice."
+        },
+    )
+    sample_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "w in (1 - w) * token mean + w * sample mean. The report combines the two late in training "
+            "(section 5) without saying how."
+        },
+    )
+    importance_base: str = field(
+        default="train",
+        metadata={
+            "help": "Denominator of the ratio. 'train': the policy before the first update on the batch, as the "
+            "trainer computes it; the mismatch with vLLM is corrected by a factor outside the cap, as in TRL. "
+            "'sampler': the probabilities vLLM sampled with, one ratio and one cap, no forward pass for the old policy."
+        },
+    )
+    log_ratio_bound: float = field(
+        default=20.0, metadata={"help": "log r is kept within plus and minus this before exp. verl: 20."}
+    )
+
+    # Rollouts
+    rollout_check: str = field(
+        default="warn",
+        metadata={
+            "help": "What to do when the first rollout's probabilities differ from the trainer's: 'warn', 'error' or "
+            "'off'."
+        },
+    )
+    rollout_check_pearson: float = field(
+        default=0.99, metadata={"help": "Lowest accepted correlation of token probabilities (Figure 3)."}
+    )
+    vllm_llm_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of vllm.LLM in colocate mode, which TRL has no field for."}
+    )
+    repetition_stop_tokens: int | None = field(
+        default=3000,
+        metadata={
+            "help": "Stop a completion after this many consecutive tokens above repetition_stop_prob (section 3.2). "
+            "None: never."
+        },
+    )
+    repetition_stop_prob: float = field(
+        default=0.99, metadata={"help": "Probability above which a token counts as repetition."}
+    )
+    zero_variance: str = field(
+        default="drop",
+        metadata={
+            "help": "Groups whose completions all have the same reward: 'keep' in the loss normaliser, as TRL does; "
+            "'drop' from it; 'refill': replace them by other prompts (DAPO's dynamic sampling)."
+        },
+    )
+    max_refill_rounds: int = field(
+        default=4, metadata={"help": "Further rounds of generation per batch with zero_variance='refill'."}
+    )
+    retire_solved_at: float | None = field(
+        default=None,
+        metadata={"help": "Train no more on prompts whose share of solved completions reached this. ScaleRL: 0.9."},
+    )
+    solved_reward: float = field(
+        default=1.0, metadata={"help": "Total reward from which a completion counts as solved."}
+    )
+    length_stages: list[int] | None = field(
+        default=None, metadata={"help": "Ascending completion lengths, one per stage (section 5)."}
+    )
+    late_stage_epsilon_is_high: float | None = field(
+        default=None, metadata={"help": "epsilon_is_high of the last stage (section 5)."}
+    )
+    late_stage_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "max_grad_norm of the last stage (section 5)."}
+    )
+
+    # The log-probability pass
+    router_replay: str = field(
+        default="off",
+        metadata={
+            "help": "Experts of each token: 'off': chosen anew; 'train': those of the old-policy pass; 'rollout': "
+            "those of the rollout engine."
+        },
+    )
+    pack_sequences: bool = field(
+        default=False, metadata={"help": "Score completions packed into one row, without padding."}
+    )
+    head_chunk_tokens: int | None = field(
+        default=256, metadata={"help": "Tokens per chunk of the fp32 head; None for TRL's head, in one piece."}
+    )
+
+    # Reports and checkpoints
+    mismatch_plot_steps: int = field(
+        default=0,
+        metadata={"help": "Plot rollout against training probabilities every so many steps; 0: never."},
+    )
+    save_rollout_buffer: bool = field(
+        default=True, metadata={"help": "Save the current rollout in checkpoints, so that resuming within it is exact."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_loss()
+        self._check_choices()
+        super().__post_init__()
+
+    @property
+    def importance_cap(self) -> float:
+        """Largest importance weight, ``1 + epsilon_is_high``."""
+        return 1.0 + self.epsilon_is_high
+
+    def _check_loss(self) -> None:
+        if self.loss_type != "cispo":
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}, expected 'cispo'; use trl.GRPOTrainer for the other losses"
+            )
+        if not self.epsilon_is_high > 0 or math.isnan(self.epsilon_is_high):
+            raise ValueError(
+                f"epsilon_is_high is {self.epsilon_is_high}, expected a positive number: importance weights are capped "
+                "at 1 + epsilon_is_high"
+            )
+        if self.token_mask == "none" and self.epsilon_high is not None:
+            raise ValueError(
+                f"epsilon_high is {self.epsilon_high}, but without a token_mask nothing uses it. The cap of importance "
+                f"weights is 1 + epsilon_is_high; TRL's cispo cap X is epsilon_is_high = X - 1, here "
+                f"{self.epsilon_high - 1:g}"
+            )
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("token_mask", TOKEN_MASKS),
+            ("loss_aggregation", LOSS_AGGREGATIONS),
+            ("importance_base", IMPORTANCE_BASES),
+            ("zero_variance", ZERO_VARIANCE_MODES),
+            ("rollout_check", ROLLOUT_CHECKS),
+            ("router_replay", ROUTER_REPLAY_MODES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}")
