@@ -8,6 +8,7 @@ where they are absent.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -19,6 +20,15 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 SHARED_VARIABLE = "MINIMAX_SHARED"
+
+# A busy machine is no fault of the code: neither a deadline nor a slow draw fails a property test, and every run draws
+# the same examples. `--hypothesis-profile=explore` draws new ones.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("explore", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("repeatable", settings.get_profile("explore"), derandomize=True)
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

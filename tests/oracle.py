@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recurrence import recurrence
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -118,14 +119,8 @@ class Oracle:
         heads, dim = self.num_heads, self.head_dim
         qkv = silu(hidden @ self.weights[f"{prefix}.qkv_proj.weight"].T).view(-1, heads, 3 * dim)
         q, k, v = qkv[..., :dim], qkv[..., dim : 2 * dim], qkv[..., 2 * dim :]
-        state = cache.states.get(layer, torch.zeros(heads, dim, dim, dtype=torch.float64))
-        decay = torch.exp(-slopes(heads, layer, self.num_layers))[:, None, None]
-        outputs = []
-        for t in range(hidden.shape[0]):
-            state = decay * state + torch.einsum("hk,hv->hkv", k[t], v[t])
-            outputs.append(torch.einsum("hk,hkv->hv", q[t], state).reshape(-1))
-        cache.states[layer] = state
-        normed = rms_norm(torch.stack(outputs), self.weights[f"{prefix}.norm.weight"], LIGHTNING_EPS)
+        out, cache.states[layer] = recurrence(q, k, v, slopes(heads, layer, self.num_layers), cache.states.get(layer))
+        normed = rms_norm(out.flatten(1), self.weights[f"{prefix}.norm.weight"], LIGHTNING_EPS)
         gate = torch.sigmoid(hidden @ self.weights[f"{prefix}.output_gate.weight"].T)
         return (gate * normed) @ self.weights[f"{prefix}.out_proj.weight"].T
 

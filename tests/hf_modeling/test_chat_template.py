@@ -43,7 +43,7 @@ MESSAGES = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(messages=MESSAGES, add_generation_prompt=st.booleans())
 def test_equals_the_released_template_where_that_one_works(
     released: str, messages: list[dict[str, Any]], add_generation_prompt: bool
@@ -60,7 +60,7 @@ def test_tools_differ_only_in_the_quotes_that_the_released_template_loses(releas
     assert ours == theirs.replace(lost, '{"name": <tool-name-1>, "arguments": <args-json-object-1>}')
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(messages=MESSAGES)
 def test_string_and_list_content_give_the_same_text(messages: list[dict[str, Any]]) -> None:
     chat = [message for message in messages if message["role"] != "tool"]

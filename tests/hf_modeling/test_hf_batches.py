@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import assert_matches_oracle, make_pair, random_ids, relative_error, states_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, OracleCache
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def test_padding_token_by_token(pair: tuple[PreTrainedModel, Oracle]) -> None:
             assert relative_error(states_of(cache)[layer][i], state) <= 1e-5
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15)
 @given(data=st.data())
 def test_any_padding_in_any_chunks(pair: tuple[PreTrainedModel, Oracle], data: st.DataObject) -> None:
     """A batch fed through a cache chunk by chunk, one-token chunks of padding included, leaves the same states."""

@@ -2,7 +2,8 @@
 """The laws that every implementation of lightning attention obeys, as plain functions of a :class:`Setting`.
 
 ``test_laws.py`` holds them against the PyTorch path, ``test_scan_interpreter.py`` against the Triton kernels in
-Triton's interpreter, ``test_scan_gpu.py`` against the compiled kernels. The oracle is always the float64 recurrence.
+Triton's interpreter, ``test_scan_gpu.py`` against the compiled kernels. The oracle is always the float64 recurrence of
+``tests/recurrence.py``.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from recurrence import recurrence, split_heads
 from torch import Tensor
 
-from minimax_plugin.kernels import ops, reference
+from minimax_plugin.kernels import ops
 
 #: The fastest head of the first layer and the slowest head of the last lightning layer of the released model.
 FASTEST, SLOWEST = 0.917, 4.95e-5
@@ -130,8 +132,8 @@ def decode(setting: Setting, qkv: Tensor, pool: Tensor, slots: list[int], null_s
 
 def oracle(setting: Setting, qkv: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Float64 recurrence on the activated inputs as the released module rounds them."""
-    q, k, v = reference.split_packed(qkv.cpu(), "silu")
-    return reference.recurrence_fp64(q, k, v, setting.slopes_tensor().cpu(), None if initial is None else initial.cpu())
+    q, k, v = split_heads(qkv.cpu())
+    return recurrence(q, k, v, setting.slopes_tensor().cpu(), None if initial is None else initial.cpu())
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -378,7 +380,7 @@ def law_sumsq_is_that_of_the_stored_output(setting: Setting) -> None:
 def law_gradients(setting: Setting) -> None:
     lengths = (setting.segment + 13, 0, 70)
     bounds = [0, lengths[0], lengths[0], sum(lengths)]
-    leaves = reference.split_packed(setting.qkv(sum(lengths)), None)
+    leaves = split_heads(setting.qkv(sum(lengths)), activate=False)
     q, k, v = (x.detach().contiguous().requires_grad_() for x in leaves)
     initial = setting.states(3).requires_grad_()
     weight_o, weight_s = setting.qkv(sum(lengths), seed=5)[..., : setting.head_dim], setting.states(3, seed=6)
@@ -398,7 +400,7 @@ def law_gradients(setting: Setting) -> None:
     results, grads = [], []
     for n in range(3):
         rows = slice(bounds[n], bounds[n + 1])
-        out, final = reference.recurrence_fp64(
+        out, final = recurrence(
             exact[0][rows], exact[1][rows], exact[2][rows], setting.slopes_tensor().cpu(), exact[3][n]
         )
         results.append(final)
@@ -418,7 +420,7 @@ def law_gradients_without_states(setting: Setting) -> None:
     batch, length = 2, setting.segment + 5
     q, k, v = (
         x.reshape(batch, length, setting.num_heads, setting.head_dim).detach().requires_grad_()
-        for x in reference.split_packed(setting.qkv(batch * length), None)
+        for x in split_heads(setting.qkv(batch * length), activate=False)
     )
     o, state = ops.lightning_attention(q, k, v, setting.slopes_tensor(), precision=setting.precision)
     assert state is None
@@ -426,7 +428,7 @@ def law_gradients_without_states(setting: Setting) -> None:
     found = torch.autograd.grad(o, (q, k, v), weight)
     for n in range(batch):
         exact = [x[n].detach().cpu().double().requires_grad_() for x in (q, k, v)]
-        out, _ = reference.recurrence_fp64(exact[0], exact[1], exact[2], setting.slopes_tensor().cpu())
+        out, _ = recurrence(exact[0], exact[1], exact[2], setting.slopes_tensor().cpu())
         for name, a, b in zip(("d_q", "d_k", "d_v"), found, torch.autograd.grad(out.sum(), exact), strict=True):
             assert_close(name, a[n], b, setting.gradient_error)
 
@@ -442,8 +444,8 @@ def law_gradients_of_the_projection(setting: Setting) -> None:
     )
     found = torch.autograd.grad(o, (qkv, initial), weight)
     exact = [x.detach().cpu().double().requires_grad_() for x in (qkv, initial)]
-    q, k, v = reference.split_packed(exact[0], "silu")
-    out, _ = reference.recurrence_fp64(q, k, v, setting.slopes_tensor().cpu(), exact[1][0])
+    q, k, v = split_heads(exact[0])
+    out, _ = recurrence(q, k, v, setting.slopes_tensor().cpu(), exact[1][0])
     expected = torch.autograd.grad(out, exact, weight.cpu().double())
     assert_close("d_qkv", found[0], expected[0], setting.gradient_error)
     assert_close("gradient of the initial state", found[1][0], expected[1][0], setting.gradient_error)
@@ -451,7 +453,7 @@ def law_gradients_of_the_projection(setting: Setting) -> None:
 
 def law_segment_states_add_up(setting: Setting) -> None:
     cuts = (0, 40, 40 + setting.segment + 3, 40 + 2 * setting.segment)
-    q, k, v = reference.split_packed(setting.qkv(cuts[-1]), None)
+    q, k, v = split_heads(setting.qkv(cuts[-1]), activate=False)
     slopes = setting.slopes_tensor()
     states = [
         ops.segment_state(k[a:b], v[a:b], slopes, precision=setting.precision)
@@ -461,18 +463,16 @@ def law_segment_states_add_up(setting: Setting) -> None:
     initial = setting.states(1)[0]
     prefix = ops.combine_states(torch.stack(states), lengths, slopes, initial)
     for stop, state in zip(cuts, prefix, strict=True):
-        _, expected = reference.recurrence_fp64(
-            q[:stop].cpu(), k[:stop].cpu(), v[:stop].cpu(), slopes.cpu(), initial.cpu()
-        )
+        _, expected = recurrence(q[:stop].cpu(), k[:stop].cpu(), v[:stop].cpu(), slopes.cpu(), initial.cpu())
         assert_close(f"state after {stop} tokens", state, expected, setting.state_error)
 
 
 def law_reverse_segment_state_is_the_state_gradient(setting: Setting) -> None:
     length = setting.segment + 9
-    q, k, v = reference.split_packed(setting.qkv(length), None)
+    q, k, v = split_heads(setting.qkv(length), activate=False)
     found = ops.segment_state(q, v, setting.slopes_tensor(), reverse=True, precision=setting.precision)
     initial = torch.zeros_like(found, dtype=torch.float64, device="cpu").requires_grad_()
-    out, _ = reference.recurrence_fp64(q.cpu(), k.cpu(), v.cpu(), setting.slopes_tensor().cpu(), initial)
+    out, _ = recurrence(q.cpu(), k.cpu(), v.cpu(), setting.slopes_tensor().cpu(), initial)
     (expected,) = torch.autograd.grad(out, initial, v.cpu().double())
     assert_close("state gradient", found, expected, setting.state_error)
 

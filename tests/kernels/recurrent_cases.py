@@ -3,7 +3,7 @@
 """What the decode, verify, replay and norm kernels must do, wherever they run.
 
 ``test_recurrent_interpreter.py`` runs this file in a process of its own with ``TRITON_INTERPRET=1``,
-``test_recurrent_gpu.py`` runs it on a GPU. The oracle is the float64 recurrence.
+``test_recurrent_gpu.py`` runs it on a GPU. The oracle is the float64 recurrence of ``tests/recurrence.py``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 
 import pytest
 import torch
+from recurrence import recurrence, split_heads
 from torch import Tensor
 
 from minimax_plugin.kernels import norm, recurrent, reference, replay
@@ -58,7 +59,7 @@ def outputs(count: int, head_dim: int, dtype: torch.dtype, with_sumsq: bool) -> 
 
 
 def oracle(qkv: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.recurrence_fp64(*reference.split_packed(qkv, "silu"), slopes(), state)
+    return recurrence(*split_heads(qkv), slopes(), state)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import context_parallel_worker as worker
 import pytest
 import torch
+from recurrence import recurrence
 from torch import Tensor
 
-from minimax_plugin.kernels import ops, reference
+from minimax_plugin.kernels import ops
 
 HEADS, DIM = 2, 16
 SLOPES = torch.tensor([0.917, 4.95e-5])
@@ -82,7 +83,7 @@ def in_float64(case: dict[str, Any]) -> dict[str, Tensor | None]:
     batched = case["q"].dim() == 4
     rows = range(case["q"].shape[0]) if batched else [...]
     results = [
-        reference.recurrence_fp64(
+        recurrence(
             leaves["q"][row],
             leaves["k"][row],
             leaves["v"][row],

@@ -65,7 +65,7 @@ def test_8192_steps_of_real_slopes(path: str) -> None:
     slope=st.floats(1e-5, 4.0),
     seed=st.integers(0, 100),
 )
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_any_schedule_of_pieces_gives_the_recurrence(
     lengths: list[int], cuts: list[int], slope: float, seed: int
 ) -> None:
