@@ -8,9 +8,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from minimax_plugin import __version__
+
 #: Sub-command -> one-line help. The module of the same name has ``add_arguments(parser)`` and ``run(args) -> int``.
 COMMANDS = {
     "doctor": "check versions, registration and, with MODEL_DIR, whether a checkpoint is complete",
+    "run": "run a program that does not import the plugin (trl, lm_eval, a script) as if it did",
     "tiny": "write a small, complete checkpoint of the MiniMax-M1 architecture with random weights",
 }
 
@@ -18,7 +21,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status: 0 success, 1 a fault was found, 2 wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["run"] and argv[1:] not in (["-h"], ["--help"]):
+        # Whose arguments are not ours to parse: argparse would take `-m` and `--help` of the program for its own.
+        return importlib.import_module(f"{__name__}.run").run_program(argv[1:])
     parser = argparse.ArgumentParser(prog="minimax-plugin", description="MiniMax-M1 for Hugging Face and vLLM.")
+    parser.add_argument("--version", action="version", version=f"minimax-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
