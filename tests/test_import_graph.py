@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "templates"},
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
+    "__main__": {"cli"},
+    "autoload": {""},
     "cli": {
         "",
         "registration",

@@ -268,13 +268,12 @@ def test_vllm_resolves_the_architectures(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_transformers_that_cannot_be_imported(tmp_path: Path) -> None:
-    """Importing the package warns and goes on, so that the doctor, which is part of it, can say why."""
+    """Importing the package goes on, so that the doctor, which is part of it, can say why."""
     (tmp_path / "transformers.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
     environ = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "minimax_plugin.cli", "doctor", "--skip-vllm"]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "MiniMax-M1 is unknown to transformers (RuntimeError: operator torchvision::nms" in done.stderr
     assert "fault   transformers RuntimeError: operator torchvision::nms does not exist" in done.stdout
 
 
