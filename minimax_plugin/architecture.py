@@ -16,6 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from minimax_plugin.config_fields import (
+    LAYER_TYPES,
+    REQUIRED_FIELDS,
+    SHARED_MOE_MODES,
+    fields_of,
+    head_dim_of,
+    require_pattern,
+    require_sound,
+    rotary_dim_of,
+)
+
 LayerType = Literal["linear_attention", "full_attention"]
 
 #: ``architectures`` entry -> ``model_type`` of the checkpoints in the original format.
@@ -34,9 +45,6 @@ WHY_FP32_STATE = (
     "of 1.9e-2, float32 stays below 4.4e-5"
 )
 
-#: How the output of a shared expert is mixed in, by ``shared_moe_mode``.
-SHARED_MOE_MODES = ("sigmoid", "softmax")
-
 #: Special tokens of the released tokenizer. The released config.json leaves bos and eos null.
 RELEASED_VOCAB_SIZE = 200_064
 BOS_TOKEN_ID = 200_019
@@ -48,9 +56,6 @@ UNK_TOKEN_ID = 200_021
 #: entries. llama.cpp masks the same ids; sampling one of them shows as a missing word.
 VOCAB_PADDING_START = 200_032
 
-#: ``attn_type_list`` value -> layer type.
-LAYER_TYPE_BY_CODE: dict[int, LayerType] = {0: "linear_attention", 1: "full_attention"}
-
 
 def layer_types_from_codes(attn_type_list: Sequence[int]) -> list[LayerType]:
     """Translate ``attn_type_list`` (0 = lightning, 1 = softmax) into layer types.
@@ -58,13 +63,8 @@ def layer_types_from_codes(attn_type_list: Sequence[int]) -> list[LayerType]:
     Raises:
         ValueError: not a list, or an entry is neither 0 nor 1.
     """
-    _require_list("attn_type_list", attn_type_list)
-    for layer_idx, code in enumerate(attn_type_list):
-        if isinstance(code, bool) or not isinstance(code, int) or code not in LAYER_TYPE_BY_CODE:
-            raise ValueError(
-                f"attn_type_list[{layer_idx}] is {code!r}, expected 0 (lightning attention) or 1 (softmax attention)"
-            )
-    return [LAYER_TYPE_BY_CODE[code] for code in attn_type_list]
+    require_pattern("attn_type_list", attn_type_list)
+    return [LAYER_TYPES[code] for code in attn_type_list]
 
 
 def codes_from_layer_types(layer_types: Sequence[str]) -> list[int]:
@@ -73,11 +73,8 @@ def codes_from_layer_types(layer_types: Sequence[str]) -> list[int]:
     Raises:
         ValueError: not a list, or an entry is not one of the two layer types.
     """
-    _require_list("layer_types", layer_types)
-    code_by_type: dict[str, int] = {layer_type: code for code, layer_type in LAYER_TYPE_BY_CODE.items()}
-    for layer_idx, layer_type in enumerate(layer_types):
-        if not isinstance(layer_type, str) or layer_type not in code_by_type:
-            raise ValueError(f"layer_types[{layer_idx}] is {layer_type!r}, expected one of {sorted(code_by_type)}")
+    require_pattern("layer_types", layer_types)
+    code_by_type: dict[str, int] = {layer_type: code for code, layer_type in LAYER_TYPES.items()}
     return [code_by_type[layer_type] for layer_type in layer_types]
 
 
@@ -179,7 +176,7 @@ class Architecture:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        self._check()
+        require_sound(vars(self))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | Any) -> Architecture:
@@ -189,58 +186,20 @@ class Architecture:
         ``hidden_size / num_attention_heads``, ``rotary_dim`` is ``head_dim``, no shared expert.
 
         Raises:
-            ValueError: a required key is absent or a value is out of range.
+            ValueError: any field of the config is wrong, also one that the architecture does not depend on
+                (:mod:`minimax_plugin.config_fields`).
         """
-        get = config.get if isinstance(config, Mapping) else lambda key, default=None: getattr(config, key, default)
-
-        def required(key: str) -> int:
-            value = get(key, None)
-            if value is None:
-                raise ValueError(f"config has no {key!r}; every MiniMax-M1 config.json states it")
-            return value
-
-        codes = get("attn_type_list", None)
-        layer_types = get("layer_types", None)
-        if codes is None and layer_types is None:
-            raise ValueError(
-                "config has neither 'attn_type_list' nor 'layer_types'; one of them gives the layer pattern"
-            )
-        if layer_types is not None:
-            _require_list("layer_types", layer_types)
-        if codes is not None:
-            from_codes = layer_types_from_codes(codes)
-            if layer_types is not None and list(layer_types) != from_codes:
-                raise ValueError(f"layer_types = {layer_types} contradicts attn_type_list = {codes}; state one of them")
-            layer_types = from_codes
-        num_heads = required("num_attention_heads")
-        hidden_size = required("hidden_size")
-        head_dim = get("head_dim", None)
-        if head_dim is None:
-            _require_positive("hidden_size", hidden_size)
-            _require_positive("num_attention_heads", num_heads)
-            head_dim = hidden_size // num_heads
-        rotary_dim = get("rotary_dim", None)
-        # No tensor depends on it, so it is checked and not kept.
-        positions = get("max_position_embeddings", None)
-        if positions is not None:
-            _require_positive("max_position_embeddings", positions)
-        shared_moe_mode = get("shared_moe_mode", None)
-        shared = get("shared_intermediate_size", 0) or 0
+        fields = fields_of(config)
+        require_sound(fields)
+        codes = fields.get("attn_type_list")
         return cls(
-            vocab_size=required("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=required("intermediate_size"),
-            num_hidden_layers=required("num_hidden_layers"),
-            num_attention_heads=num_heads,
-            num_key_value_heads=required("num_key_value_heads"),
-            head_dim=head_dim,
-            rotary_dim=head_dim if rotary_dim is None else rotary_dim,
-            num_local_experts=required("num_local_experts"),
-            num_experts_per_tok=required("num_experts_per_tok"),
-            layer_types=tuple(layer_types),
-            shared_intermediate_size=shared,
-            shared_moe_mode="sigmoid" if shared_moe_mode is None else shared_moe_mode,
-            tie_word_embeddings=bool(get("tie_word_embeddings", False)),
+            head_dim=head_dim_of(fields),
+            rotary_dim=rotary_dim_of(fields),
+            layer_types=tuple(fields["layer_types"] if codes is None else layer_types_from_codes(codes)),
+            shared_intermediate_size=fields.get("shared_intermediate_size") or 0,
+            shared_moe_mode=fields.get("shared_moe_mode", SHARED_MOE_MODES[0]),
+            tie_word_embeddings=fields.get("tie_word_embeddings", False),
+            **{name: fields[name] for name in REQUIRED_FIELDS},
         )
 
     @property
@@ -343,55 +302,10 @@ class Architecture:
             ("o_proj", (hidden, inner)),
         ]
 
-    def _check(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "rotary_dim",
-            "num_local_experts",
-            "num_experts_per_tok",
-        ):
-            _require_positive(name, getattr(self, name))
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"attn_type_list has {len(self.layer_types)} entries, expected num_hidden_layers = "
-                f"{self.num_hidden_layers}"
-            )
-        codes_from_layer_types(self.layer_types)
-        if self.rotary_dim > self.head_dim:
-            raise ValueError(f"rotary_dim = {self.rotary_dim} exceeds head_dim = {self.head_dim}")
-        if self.rotary_dim % 2:
-            raise ValueError(f"rotary_dim = {self.rotary_dim} is odd, expected an even number (pairs are rotated)")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads = {self.num_attention_heads} is not divisible by num_key_value_heads = "
-                f"{self.num_key_value_heads}"
-            )
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise ValueError(
-                f"num_experts_per_tok (top_k) = {self.num_experts_per_tok} exceeds num_local_experts = "
-                f"{self.num_local_experts}"
-            )
-        shared = self.shared_intermediate_size
-        if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
-            raise ValueError(f"shared_intermediate_size is {shared!r}, expected an integer >= 0 (0 = no shared expert)")
-        if self.shared_moe_mode not in SHARED_MOE_MODES:
-            raise ValueError(f"shared_moe_mode is {self.shared_moe_mode!r}, expected one of {SHARED_MOE_MODES}")
-
 
 def _require_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name} is {value!r}, expected a positive integer")
-
-
-def _require_list(name: str, value: Any) -> None:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{name} is {value!r}, expected a list with one entry per layer")
 
 
 def _to_fp32(value: float) -> float:

@@ -279,11 +279,10 @@ def test_index_over_a_single_file(model_dir: Path) -> None:
     assert require_complete(model_dir).num_files == 1
 
 
-def test_config_dtype_of_another_type_is_said(model_dir: Path) -> None:
+def test_config_dtype_of_another_type_is_a_fault(model_dir: Path) -> None:
     edit_config(dtype={"": "bfloat16"})(model_dir)
-    report = check_checkpoint(model_dir)
-    assert report.complete
-    assert "dtypes checked as bfloat16" in report.notes[0]
+    (fault,) = check_checkpoint(model_dir).faults
+    assert "dtype is {'': 'bfloat16'}, expected one of 'bfloat16', 'float16'" in str(fault)
 
 
 def test_config_dtype_is_expected_of_everything_but_the_router(model_dir: Path) -> None:

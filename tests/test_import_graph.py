@@ -22,8 +22,10 @@ PACKAGE = "minimax_plugin"
 
 #: Component -> components it may import, besides itself. A module of the package that is no folder is a component too.
 MAY_IMPORT: dict[str, set[str]] = {
-    "architecture": set(),
-    "checkpoint": {"architecture"},
+    "config_rules": set(),
+    "config_fields": {"config_rules"},
+    "architecture": {"config_fields"},
+    "checkpoint": {"architecture", "config_fields"},
     "templates": set(),
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},

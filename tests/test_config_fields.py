@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of config fields by themselves; what both backends make of them is in ``test_config_refusals.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import tiny_config
+
+from minimax_plugin.config_fields import config_faults, require_sound
+
+
+def test_sound_configs_have_no_faults(checkpoint_dir: Path, golden_dir: Path) -> None:
+    files = [checkpoint_dir / "config.json", *golden_dir.glob("*/config.json")]
+    assert len(files) > 3
+    for file in files:
+        assert config_faults(json.loads(file.read_text())) == []
+
+
+def test_every_fault_is_listed_and_the_first_is_raised() -> None:
+    config = tiny_config(hidden_size="48", postnorm=None, num_experts_per_tok=5, vocab_size=None)
+    assert config_faults(config) == [
+        "config has no 'vocab_size'; every MiniMax-M1 config.json states it",
+        "hidden_size is '48', expected a positive integer of at most 1,048,576",
+        "postnorm is None, expected true or false",
+        "num_experts_per_tok (top_k) = 5 exceeds num_local_experts = 4",
+    ]
+    with pytest.raises(ValueError, match="config has no 'vocab_size'"):
+        require_sound(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers is 1000000000, expected a positive integer of at most 10,000",
+        ),
+        ({"num_local_experts": 10**6}, "num_local_experts is 1000000, expected a positive integer of at most 65,536"),
+        ({"hidden_size": 10**12}, "hidden_size is 1000000000000, expected a positive integer of at most 1,048,576"),
+        ({"num_local_experts": 65_536}, "makes 262,144, expected at most 131,072"),
+        ({"layernorm_mlp_alpha": 1e308}, "layernorm_mlp_alpha is 1e+308, expected a finite number of at least 0"),
+        ({"hidden_size": 10**5000}, "hidden_size is or holds an integer of 16,610 bits"),
+    ],
+    ids=["layers", "experts", "width", "all experts", "factor", "digits"],
+)
+def test_absurd_values_are_refused_before_anything_is_built(changes: dict[str, Any], message: str) -> None:
+    assert message in config_faults(tiny_config() | changes)[0]
