@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import struct
+from contextlib import suppress
 from decimal import Decimal, localcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +139,21 @@ def test_tensor_parallel_ranks_hold_contiguous_slices(tp_size: int) -> None:
     released = Architecture.from_config(RELEASED)
     ranks = [released.slopes(3, tp_rank=rank, tp_size=tp_size) for rank in range(tp_size)]
     assert sum(ranks, []) == released.slopes(3)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"),
+    [(64, 8, [1, 2, 4, 8, 16, 32, 64]), (6, 2, [1, 2, 6]), (12, 3, [1, 3, 6, 12]), (4, 4, [1, 2, 4]), (6, 1, [1, 2, 3, 6])],
+)
+def test_heads_split_over_these_numbers_of_ranks_only(heads: int, kv_heads: int, sizes: list[int]) -> None:
+    """Fewer ranks than KV heads share those out, more ranks keep each of them several times."""
+    model = Architecture.from_config(SMALL | {"num_attention_heads": heads, "num_key_value_heads": kv_heads})
+    accepted = []
+    for size in range(1, heads + 2):
+        with suppress(ValueError):
+            model.check_tensor_parallel(size)
+            accepted.append(size)
+    assert accepted == sizes
 
 
 @given(

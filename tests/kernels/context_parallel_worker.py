@@ -48,8 +48,8 @@ def run_case(case: dict[str, Any], rank: int, group: dist.ProcessGroup | None) -
     )
     assert state is not None
     loss = (out.float() * case["grad_out"].narrow(time, start, stop - start)).sum()
-    if rank == case["rank_using_state"]:
-        loss = loss + (state * case["grad_state"]).sum()
+    if rank in case["grad_states"]:
+        loss = loss + (state * case["grad_states"][rank]).sum()
     loss.backward()
     grads = {f"grad_{name}": None if part[name] is None else part[name].grad for name in NAMES}
     return {"out": out.detach(), "state": state.detach(), **grads}

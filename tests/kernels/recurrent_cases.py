@@ -232,17 +232,19 @@ def test_gated_rmsnorm_has_the_roundings_of_the_reference(dtype: torch.dtype, wi
     torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("given", [False, True], ids=["own-sumsq", "given-sumsq"])
-def test_gated_rmsnorm_has_the_gradients_of_the_reference(given: bool) -> None:
+@pytest.mark.parametrize(
+    ("given", "size"), [(False, 96), (True, 96), (True, 288)], ids=["own-sumsq", "given-sumsq", "of-three-ranks"]
+)
+def test_gated_rmsnorm_has_the_gradients_of_the_formula(given: bool, size: int) -> None:
     leaves = [torch.randn(*shape, device=DEVICE).requires_grad_() for shape in ((3, 96), (3, 96), (96,))]
     if given:
         leaves.append((100 + torch.rand(3, device=DEVICE)).requires_grad_())
     o, gate, weight = leaves[:3]
     sumsq, grad = leaves[3] if given else None, torch.randn(3, 96, device=DEVICE)
-    actual = torch.autograd.grad(norm.gated_rmsnorm(o, gate, weight, 1e-6, sumsq, 96), leaves, grad)
+    actual = torch.autograd.grad(norm.gated_rmsnorm(o, gate, weight, 1e-6, sumsq, size), leaves, grad)
     wide = [x.detach().double().requires_grad_() for x in leaves]
     squares = wide[3] if given else wide[0].square().sum(-1)
-    exact = wide[2] * wide[0] * torch.rsqrt(squares[:, None] / 96 + 1e-6) * wide[1].sigmoid()
+    exact = wide[2] * wide[0] * torch.rsqrt(squares[:, None] / size + 1e-6) * wide[1].sigmoid()
     for name, mine, theirs in zip(
         ("o", "gate", "weight", "sumsq"), actual, torch.autograd.grad(exact, wide, grad.double()), strict=False
     ):

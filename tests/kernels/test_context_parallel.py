@@ -12,16 +12,18 @@ from recurrence import recurrence
 from torch import Tensor
 
 from minimax_plugin.kernels import ops
+from minimax_plugin.kernels.context_parallel import context_parallel_lightning_attention
 
 HEADS, DIM = 2, 16
 SLOPES = torch.tensor([0.917, 4.95e-5])
 
-#: Name, lengths on 2 ranks, lengths on 4 ranks, batch (None: [T, H, D]), dtype, with an initial state.
+#: Name, lengths on 2 ranks, lengths on 4 ranks, batch (None: [T, H, D]), dtype, with an initial state, the ranks whose
+#: loss uses the final state.
 CASES = [
-    ("even", (70, 70), (35, 35, 35, 35), 2, torch.float32, False),
-    ("uneven-initial-state", (129, 11), (1, 64, 10, 65), 2, torch.float32, True),
-    ("an-empty-rank", (0, 66), (30, 0, 36, 0), None, torch.float32, True),
-    ("bf16", (70, 30), (20, 50, 10, 20), 1, torch.bfloat16, True),
+    ("even", (70, 70), (35, 35, 35, 35), 2, torch.float32, False, "all"),
+    ("uneven-initial-state", (129, 11), (1, 64, 10, 65), 2, torch.float32, True, "last"),
+    ("an-empty-rank", (0, 66), (30, 0, 36, 0), None, torch.float32, True, "first"),
+    ("bf16", (70, 30), (20, 50, 10, 20), 1, torch.bfloat16, True, "all"),
 ]
 
 
@@ -43,11 +45,12 @@ def test_equals_one_process(results: list[Any], ranks: int, case: int) -> None:
 
 
 def make_case(case: tuple[Any, ...], ranks: int) -> dict[str, Any]:
-    _, two, four, batch, dtype, with_initial = case
+    _, two, four, batch, dtype, with_initial, using_state = case
     lengths = two if ranks == 2 else four
     leading = () if batch is None else (batch,)
     q, k, v, grad_out = (torch.randn(*leading, sum(lengths), HEADS, DIM).to(dtype) for _ in range(4))
     state_shape = (*leading, HEADS, DIM, DIM)
+    users = {"all": range(ranks), "first": [0], "last": [ranks - 1]}[using_state]
     return {
         "lengths": lengths,
         "q": q,
@@ -56,8 +59,7 @@ def make_case(case: tuple[Any, ...], ranks: int) -> dict[str, Any]:
         "slopes": SLOPES,
         "initial_state": torch.randn(state_shape) if with_initial else None,
         "grad_out": grad_out.float(),
-        "grad_state": torch.randn(state_shape),
-        "rank_using_state": ranks - 1,
+        "grad_states": {rank: torch.randn(state_shape) for rank in users},
     }
 
 
@@ -93,7 +95,7 @@ def in_float64(case: dict[str, Any]) -> dict[str, Tensor | None]:
         for row in rows
     ]
     out, state = (torch.stack(list(x)) if batched else x[0] for x in zip(*results, strict=True))
-    ((out * case["grad_out"]).sum() + (state * case["grad_state"]).sum()).backward()
+    ((out * case["grad_out"]).sum() + (state * sum(case["grad_states"].values())).sum()).backward()
     grads = {f"grad_{name}": leaves[name].grad if name in leaves else None for name in worker.NAMES}
     return {"out": out.detach(), "state": state.detach(), **grads}
 
@@ -108,3 +110,22 @@ def test_combining_states_needs_no_host_lengths() -> None:
     states = torch.randn(3, HEADS, DIM, DIM)
     on_host = ops.combine_states(states, [5, 0, 70], SLOPES)
     assert torch.equal(ops.combine_states(states, torch.tensor([5, 0, 70], dtype=torch.int32), SLOPES), on_host)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"initial_state": torch.zeros(3, HEADS, DIM, DIM)}, "initial_state holds 3 states, expected 2"),
+        ({"initial_state": torch.zeros(2, HEADS, DIM, DIM).half()}, r"initial_state is torch\.float16"),
+        ({"initial_state": torch.zeros(2, HEADS, DIM, 8)}, r"initial_state has shape \(2, 2, 16, 8\)"),
+        ({"k": torch.zeros(2, 4, HEADS, DIM)}, r"k is torch\.float32 \(2, 4, 2, 16\)"),
+        ({"slopes": SLOPES[:1]}, r"slopes are torch\.float32 \(1,\)"),
+        ({"precision": "exact"}, "precision is 'exact'"),
+    ],
+    ids=["states-of-another-batch", "state-dtype", "state-shape", "lengths", "slopes", "precision"],
+)
+def test_bad_input_is_named_before_any_collective(change: dict[str, Any], message: str) -> None:
+    """Refused on one rank only, a call would leave the others waiting: no process group is needed to get here."""
+    valid = {name: torch.zeros(2, 5, HEADS, DIM) for name in ("q", "k", "v")} | {"slopes": SLOPES}
+    with pytest.raises(ValueError, match=message):
+        context_parallel_lightning_attention(**valid | change)

@@ -45,6 +45,7 @@ PREFILL_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "slopes-shape": ({"slopes": torch.ones(3)}, r"slopes are torch\.float32 \(3,\).*\(2,\)"),
     "slopes-zero": ({"slopes": torch.tensor([0.5, 0.0])}, r"slopes are \[0\.5, 0\.0\], expected every one positive"),
     "slopes-nan": ({"slopes": torch.tensor([0.5, float("nan")])}, r"expected every one positive"),
+    "slopes-strides": ({"slopes": torch.ones(4)[::2]}, r"slopes have stride 2, expected contiguous"),
     "slopes-device": ({"slopes": SLOPES.to("meta")}, r"slopes are .* on meta, expected .* on cpu"),
     "pool-shape": ({"state_pool": torch.zeros(4, HEADS, DIM, 8)}, r"state_pool has shape \(4, 2, 16, 8\), expected"),
     "pool-strides": (
@@ -297,6 +298,25 @@ def test_gated_rmsnorm_is_the_formula() -> None:
         for c in (slice(0, 16), slice(16, 32))
     ]
     torch.testing.assert_close(torch.cat(halves, -1).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gated_rmsnorm_rounds_where_the_released_module_does(dtype: torch.dtype) -> None:
+    """Its norm rounds the normed row and then the product with the weight; the layer rounds the gate and the product.
+
+    Any other order changes the last bit of a fifth of the values and more.
+    """
+    o, gate, weight = (tokens(*shape, seed=n, dtype=dtype) for n, shape in enumerate([(64, 256), (64, 256), (256,)]))
+    wide = o.double()
+    normed = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(dtype)
+    scaled = (weight.double() * normed.double()).to(dtype)
+    opened = gate.double().sigmoid().to(dtype)
+    expected = (opened.double() * scaled.double()).to(dtype)
+    actual = ops.gated_rmsnorm(o, gate, weight, 1e-6)
+    # The operator computes in fp32, the expectation in float64: now and then they fall on different sides of a tie.
+    assert (actual != expected).double().mean() <= 1e-3
+    sumsq = o.float().square().sum(-1)
+    assert torch.equal(ops.gated_rmsnorm(o, gate, weight, 1e-6, sumsq=sumsq, norm_size=256), actual)
 
 
 def test_the_chunk_loop_leaves_its_inputs_alone() -> None:
