@@ -143,7 +143,13 @@ def test_tensor_parallel_ranks_hold_contiguous_slices(tp_size: int) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "sizes"),
-    [(64, 8, [1, 2, 4, 8, 16, 32, 64]), (6, 2, [1, 2, 6]), (12, 3, [1, 3, 6, 12]), (4, 4, [1, 2, 4]), (6, 1, [1, 2, 3, 6])],
+    [
+        (64, 8, [1, 2, 4, 8, 16, 32, 64]),
+        (6, 2, [1, 2, 6]),
+        (12, 3, [1, 3, 6, 12]),
+        (4, 4, [1, 2, 4]),
+        (6, 1, [1, 2, 3, 6]),
+    ],
 )
 def test_heads_split_over_these_numbers_of_ranks_only(heads: int, kv_heads: int, sizes: list[int]) -> None:
     """Fewer ranks than KV heads share those out, more ranks keep each of them several times."""

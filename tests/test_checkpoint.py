@@ -319,3 +319,13 @@ def test_header_of_one_file(intact: Path) -> None:
     }
     with pytest.raises(CheckpointError, match="nowhere.safetensors: found no such file"):
         read_safetensors_header(intact / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[31], [32, 2], [], [16]])
+def test_a_shape_that_its_offsets_do_not_hold_is_refused(shape: list[int], tmp_path: Path) -> None:
+    """A file of the right length throughout: only the header contradicts itself."""
+    file = tmp_path / "one.safetensors"
+    header = json.dumps({NORM: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 64]}}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    with pytest.raises(CheckpointError, match=f"one.safetensors: .*{NORM}"):
+        read_safetensors_header(file)

@@ -152,7 +152,9 @@ def test_plugin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize(("allowed", "faults"), [("other", 1), ("", 1), ("other,minimax", 0)])
+@pytest.mark.parametrize(
+    ("allowed", "faults"), [("other", 1), ("", 1), ("minimax2", 1), ("other,not_minimax", 1), ("other,minimax", 0)]
+)
 def test_allow_list_of_vllm(allowed: str, faults: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", allowed)
     found = messages(environment.check_entry_point(), "fault")

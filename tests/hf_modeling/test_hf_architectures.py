@@ -8,6 +8,9 @@ import pytest
 import torch
 from hf_helpers import assert_matches_oracle, load_fp32, make_pair, random_ids
 from oracle import Oracle, random_tensors, tiny_config, write_checkpoint
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "released-pattern": {"num_hidden_layers": 8, "attn_type_list": [0] * 7 + [1]},
@@ -74,3 +77,19 @@ def test_epsilon_of_the_lightning_norm(tmp_path: Path) -> None:
     model = load_fp32(write_checkpoint(tmp_path, config, tensors))
     rows = random_ids(1, 20).tolist()
     assert_matches_oracle(model, Oracle(config, tensors), rows, input_ids=torch.tensor(rows))
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_new_model_is_random_in_every_parameter(auto_class: Any) -> None:
+    """``from_config`` leaves what no rule initialises as the memory was, and that often looks like weights."""
+    config = MiniMaxM1Config(**tiny_config(initializer_range=0.3, shared_intermediate_size=24))
+    model = auto_class.from_config(config)
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().double()
+        if name.endswith("norm.weight"):
+            assert bool((values == 1).all()), name
+            continue
+        spread = 4 / values.numel() ** 0.5  # four standard errors of the mean, in standard deviations
+        assert abs(values.mean()) <= 0.3 * spread, name
+        assert values.std().item() == pytest.approx(0.3, rel=spread), name
+        assert values.unique().numel() > 0.9 * values.numel(), name

@@ -16,11 +16,12 @@ from minimax_plugin.hf_modeling.cache import adopt_cache
 from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
 from minimax_plugin.hf_modeling.layers import (
     MiniMaxM1LightningAttention,
+    MiniMaxM1RMSNorm,
     MiniMaxM1RotaryEmbedding,
     MiniMaxM1TopKRouter,
     apply_rotary,
 )
-from minimax_plugin.hf_modeling.modeling_minimax_m1 import MiniMaxM1ForCausalLM
+from minimax_plugin.hf_modeling.modeling_minimax_m1 import MiniMaxM1DecoderLayer, MiniMaxM1ForCausalLM
 
 
 def loaded(path: Path) -> PreTrainedModel:
@@ -68,6 +69,36 @@ def test_router_multiplies_in_fp32(autocast: bool) -> None:
     assert torch.equal(chosen, expected.topk(2).indices)
     best = expected.gather(1, chosen).softmax(-1)
     assert (weights - best).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-module", "autocast"])
+def test_shared_expert_is_mixed_in_fp32(autocast: bool) -> None:
+    """Its share comes from a product in fp32, and the sum of the two experts is rounded once."""
+    config = MiniMaxM1Config(**tiny_config(hidden_size=512, shared_intermediate_size=24))
+    layer = MiniMaxM1DecoderLayer(config, 0).to(torch.bfloat16)
+    x, routed = torch.randn(2, 100, 512).bfloat16(), torch.randn(2, 100, 512).bfloat16()
+    nn.init.normal_(layer.coefficient.weight, std=512**-0.5)
+    layer.block_sparse_moe.forward = lambda hidden: routed
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        share, mixed = layer.coefficient(x), layer._experts(x)
+        shared = layer.shared_mlp(x).double()
+    expected = (x.double() @ layer.coefficient.weight.double().T).sigmoid()
+    assert share.dtype == torch.float32 and shared.abs().max() > 0.1
+    assert (share - expected).abs().max() <= 1e-6
+    rounded = (routed.double() * (1 - expected) + shared * expected).bfloat16()
+    assert mixed.dtype == torch.bfloat16
+    assert (mixed != rounded).double().mean() <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_rounds_before_its_weight(dtype: torch.dtype) -> None:
+    """As the released module does; one rounding after the weight changes the last bit of a quarter of the values."""
+    norm = MiniMaxM1RMSNorm(256, eps=1e-5).to(dtype)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(64, 256).to(dtype)
+    normed = (x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(dtype)
+    expected = (norm.weight.double() * normed.double()).to(dtype)
+    assert (norm(x) != expected).double().mean() <= 1e-3
 
 
 def test_logits_are_a_product_in_fp32(tmp_path: Path) -> None:

@@ -93,10 +93,53 @@ def test_load_balancing_loss_is_added(tmp_path: Path) -> None:
     output = model(ids, attention_mask=mask, labels=ids, output_router_logits=True)
     assert len(output.router_logits) == 4
     assert torch.allclose(output.loss, plain + 0.5 * output.aux_loss)
-    # Even routing gives top_k, all tokens to the same experts gives the number of experts.
-    assert 1.9 <= output.aux_loss <= 4.0
     output.loss.backward()
     assert all(torch.isfinite(gradient).all() for gradient in named_gradients(model).values())
+
+
+def test_load_balancing_loss_counts_tokens_only(tmp_path: Path) -> None:
+    """The number of experts times the share of tokens sent to each, times its mean probability, summed.
+
+    Switch Transformers (arXiv 2101.03961), equations 4 to 6, with every one of the top experts counted, over the tokens
+    of all layers together; the oracle runs each row without its padding.
+    """
+    model, oracle = make_pair(tmp_path)
+    ids, mask = random_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
+    mask[0, :25], mask[1, 31:] = 0, 0
+    ids[mask == 0] = 17
+    routers = [oracle(row[kept.bool()].tolist()).router_logits for row, kept in zip(ids, mask, strict=True)]
+
+    def expected(*logits: Tensor) -> float:
+        probabilities = torch.cat([layers.flatten(0, 1) for layers in logits]).softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2).indices, 1.0)
+        return float(4 * (chosen.mean(0) * probabilities.mean(0)).sum())
+
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, output_router_logits=True)
+        assert output.aux_loss.item() == pytest.approx(expected(*routers), rel=1e-5)
+        # Padding sent to the experts of token 17 would count for a third of the tokens.
+        ignored = [torch.stack(output.router_logits)]
+        assert abs(expected(*ignored) - output.aux_loss.item()) > 0.01
+        # A mask covers the cached tokens too, the loss is that of the new ones.
+        cache = model(ids[:, :28], attention_mask=mask[:, :28]).past_key_values
+        output = model(ids[:, 28:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+        new = [logits[:, int(kept[:28].sum()) :] for logits, kept in zip(routers, mask, strict=True)]
+        assert output.aux_loss.item() == pytest.approx(expected(*new), rel=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_dropout_only_while_training(tmp_path: Path, attention: str) -> None:
+    config = tiny_config(attention_dropout=0.3, attn_type_list=[0, 1], num_hidden_layers=2)
+    model = load_fp32(write_checkpoint(tmp_path, config), attn_implementation=attention)
+    ids = random_ids(2, 40)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(model(ids).logits, expected)
+        output = model.train()(ids, output_attentions=attention == "eager")
+        assert not torch.equal(output.logits, expected)
+        if attention == "eager":
+            visible = output.attentions[0][..., torch.ones(40, 40).tril().bool()]
+            assert (visible == 0).double().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
 def test_router_noise_only_while_training(tmp_path: Path) -> None:

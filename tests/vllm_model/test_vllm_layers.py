@@ -224,6 +224,19 @@ def test_a_profiling_run_gives_zeros(tiny_config_of_vllm: Any) -> None:
     assert not out.any() and not sumsq.any()
 
 
+def test_dual_batch_overlap_is_refused(tiny_config_of_vllm: Any) -> None:
+    """vLLM then hands over the metadata of both halves of the batch as a list."""
+    from vllm.forward_context import set_forward_context
+
+    halves: Any = [{"model.layers.0.self_attn": None}] * 2
+    out, sumsq = torch.empty(7, 4, 32), torch.empty(7, 4)
+    with (
+        set_forward_context(halves, tiny_config_of_vllm),
+        pytest.raises(NotImplementedError, match="dual batch overlap is not supported.*leave --enable-dbo out"),
+    ):
+        torch.ops.minimax_plugin.lightning_layer(torch.randn(7, 384), out, sumsq, "model.layers.0.self_attn")
+
+
 def test_the_operator_is_one_node_for_the_compiler() -> None:
     from torch._subclasses import FakeTensorMode
 

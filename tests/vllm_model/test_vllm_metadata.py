@@ -8,6 +8,7 @@ output must equal the float64 recurrence of its own sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -231,6 +232,38 @@ def test_drafts_need_the_counts_of_accepted_tokens(config: Any, layer: Any) -> N
     builder = _builder(config, layer, drafts=3)
     with pytest.raises(RuntimeError, match="does not say how many drafts were accepted"):
         builder.build(0, _common([Row(20, 4, 8, [3, 4, 5, 6])]))
+
+
+@pytest.mark.parametrize(
+    ("version", "drafts", "v2", "forgets"),
+    [
+        ((0, 31), 3, False, True),
+        ((0, 31), 3, True, False),
+        ((0, 31), 0, False, False),
+        ((0, 31), None, False, False),
+        ((0, 32), 3, False, False),
+        ((1, 0), 3, False, False),
+        (None, 3, False, False),
+    ],
+)
+def test_drafts_are_refused_where_their_counts_are_forgotten(
+    version: tuple[int, ...] | None,
+    drafts: int | None,
+    v2: bool,
+    forgets: bool,
+    config: Any,
+    layer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Model Runner V1 of vLLM 0.31 hands the counts over in steps with drafts only."""
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    drafting: Any = SimpleNamespace(num_speculative_tokens=drafts, use_v2_model_runner=v2)
+    assert compat.forgets_accepted_drafts(drafting) is forgets
+    asked: list[Any] = []
+    monkeypatch.setattr(compat, "forgets_accepted_drafts", lambda config: asked.append(config) or forgets)
+    with pytest.raises(ValueError, match="forgets how many drafts were accepted") if forgets else nullcontext():
+        _builder(config, layer)
+    assert asked == [config]
 
 
 def test_full_graphs_find_their_slots_where_they_were_captured(config: Any, layer: Any) -> None:
