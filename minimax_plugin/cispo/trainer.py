@@ -1,26 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CISPO trainer: a thin composition over TRL's ``GRPOTrainer``.
 
-Every method that is overridden or relied on is listed in ``tests/cispo/test_trl_contract.py``, which fails when TRL
-changes one of them.
+:mod:`~minimax_plugin.cispo.selection` makes rollouts, :mod:`~minimax_plugin.cispo.objective` their loss.
+
+Every method of TRL that is overridden or relied on is listed in ``tests/cispo/test_trl_contract.py``, which fails when
+TRL changes one of them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import GRPOTrainer
 
+from minimax_plugin.cispo import metrics, sampling
+from minimax_plugin.cispo.checks import check_before_loading
 from minimax_plugin.cispo.config import CISPOConfig
+from minimax_plugin.cispo.objective import Objective, SkipEmptyUpdates
+from minimax_plugin.cispo.selection import Selection
+
+logger = logging.getLogger(__name__)
 
 
-class CISPOTrainer(GRPOTrainer):
+class CISPOTrainer(Selection, Objective):
     """Trains with CISPO (arXiv 2506.13585, section 3.1) instead of GRPO.
 
     Arguments are those of ``trl.GRPOTrainer``; ``args`` is a :class:`~minimax_plugin.cispo.config.CISPOConfig`.
+
+    Attributes:
+        rollout_statistics: of the last rollout: ``perplexity`` of the generated text, ``length_p99`` in tokens,
+            ``zero_variance`` share of groups; of the comparison with the engine those of
+            :class:`~minimax_plugin.cispo.metrics.Mismatch`, where there is one.
 
     Raises:
         ValueError: arguments that do not fit together; raised before a model is loaded where that is possible.
@@ -48,8 +61,33 @@ class CISPOTrainer(GRPOTrainer):
             args = CISPOConfig(f"{name.rstrip('/').split('/')[-1]}-CISPO")
         if not isinstance(args, CISPOConfig):
             raise ValueError(f"args is a {type(args).__name__}, expected a CISPOConfig")
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
+        options = ("peft_config", "rollout_func", "environment_factory")
+        check_before_loading(model, args, functions, train_dataset, **{name: kwargs.get(name) for name in options})
+        if args.mismatch_plot_steps:
+            metrics.require_matplotlib()
         super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
-        self.epsilon_high = args.importance_cap
+        self.rollout_statistics: dict[str, float] = {}
+        self.prompt_pool = sampling.PromptPool(self.train_dataset, args.seed)
+        if args.importance_base == "sampler":
+            # One ratio and one cap: TRL must neither correct for the sampler nor score the old policy.
+            self.vllm_importance_sampling_correction = False
+        if args.zero_variance != "keep" and self.is_deepspeed_enabled:
+            logger.warning("DeepSpeed cannot skip an update: batches without variance still move weights by momentum")
+        self._old_pass_pending = False
+        self._rewards = torch.empty(0)
+        self._completion_lengths: list[int] = []
+        self._generated_at_step: int | None = None
+        self._compare_in_loss = False
+        self._next_plot = 0
+        self._window_tokens = 0.0
+        self.add_callback(SkipEmptyUpdates(self))
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Completions of the prompts of this process, and the log-probabilities they were sampled with, if known."""
+        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -61,8 +99,11 @@ class CISPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
         **multimodal: Any,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probabilities [B, T], entropies [B, T] and auxiliary loss of the last ``logits_to_keep`` = T tokens."""
+        if self._old_pass_pending:  # the first pass of a rollout is the old policy's, which importance_base replaces
+            self._old_pass_pending = False
+            return None, None, None
         return super()._get_per_token_logps_and_entropies(
             model,
             input_ids,
@@ -73,16 +114,3 @@ class CISPOTrainer(GRPOTrainer):
             compute_aux_loss=compute_aux_loss,
             **multimodal,
         )
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Completions of the prompts of this process, and the log-probabilities they were sampled with, if known."""
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """One rollout of this process: prompts, completions, masks, advantages and old log-probabilities."""
-        return super()._generate_and_score_completions(inputs)
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        return super()._compute_loss(model, inputs)
