@@ -188,7 +188,7 @@ def _check_model_config(config: Any, args: CISPOConfig) -> None:
             f"use_transformers_continuous_batching is True, but transformers' continuous batching knows no {kinds} "
             "layers, which this model has; set it to False, or use_vllm=True"
         )
-    if args.router_aux_loss_coef is None and getattr(text, "router_aux_loss_coef", 0.0):
+    if args.router_aux_loss_coef is None and getattr(text, "router_aux_loss_coef", None):
         logger.warning(
             "router_aux_loss_coef is None, so the model config's %s is used: it moves weights even when no group has "
             "any variance",

@@ -30,6 +30,9 @@ class Objective(GRPOTrainer):
     """Computes the loss of rollouts that carry ``kept`` and ``loss_weights``."""
 
     args: CISPOConfig
+    entropy_coef: float
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
     _window_tokens: float
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
@@ -62,6 +65,7 @@ class Objective(GRPOTrainer):
             self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss.detach()).nanmean().item())
             loss = loss - self._entropy_bonus(entropies, mask * entropy_mask, mode) / accumulation
         if self.aux_loss_enabled:
+            assert aux_loss is not None
             loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
         statistics = losses.LossStatistics.of(ratio, weights, unmasked, advantages, mask)
@@ -79,8 +83,6 @@ class Objective(GRPOTrainer):
 
     def _score_batch(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities [B, T], entropies [B, T] and auxiliary loss under the policy, with gradients."""
-        multimodal = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes")
-        multimodal += ("num_tiles", "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
         return self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -88,7 +90,7 @@ class Objective(GRPOTrainer):
             inputs["completion_ids"].size(1),
             compute_entropy=True,
             compute_aux_loss=self.aux_loss_enabled,
-            **{name: inputs.get(name) for name in multimodal},
+            **{name: inputs.get(name) for name in _MULTIMODAL},
         )
 
     def _base_log_probs(self, inputs: dict[str, Any], log_probs: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Selection(GRPOTrainer):
     args: CISPOConfig
     prompt_pool: sampling.PromptPool
     rollout_statistics: dict[str, float]
+    reward_funcs: list[Any]
+    _next_plot: int
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -148,8 +150,10 @@ class Selection(GRPOTrainer):
     def _weighted(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """The rollout with the weight of every completion in the loss."""
         lengths = loss_mask(rollout).sum(-1)
-        gathered = (self.accelerator.gather(entry) for entry in (lengths, rollout.pop("group"), rollout["kept"]))
-        weights = losses.completion_weights(*gathered, self.args.loss_aggregation, self.args.sample_loss_weight)
+        groups, kept = self.accelerator.gather(rollout.pop("group")), self.accelerator.gather(rollout["kept"])
+        weights = losses.completion_weights(
+            self.accelerator.gather(lengths), groups, kept, self.args.loss_aggregation, self.args.sample_loss_weight
+        )
         first = self.accelerator.process_index * len(lengths)
         rollout["loss_weights"] = weights[first : first + len(lengths)].float()
         return rollout

@@ -24,6 +24,9 @@ from minimax_plugin.cispo.selection import Selection
 
 logger = logging.getLogger(__name__)
 
+#: Endings of the names of metrics that are a maximum.
+LARGEST = ("/ratio_max", "/logp_diff_max")
+
 
 class CISPOTrainer(Selection, Objective):
     """Trains with CISPO (arXiv 2506.13585, section 3.1) instead of GRPO.
@@ -114,3 +117,12 @@ class CISPOTrainer(Selection, Objective):
             compute_aux_loss=compute_aux_loss,
             **multimodal,
         )
+
+    # Reports
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, which takes the mean of a metric since the last one; of a maximum, the largest is of interest."""
+        recorded = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in recorded if name.endswith(LARGEST)]:
+            recorded[name] = [max(recorded[name])]
+        super().log(logs, start_time)

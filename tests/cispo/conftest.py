@@ -89,9 +89,21 @@ def tiny_qwen3_dir(tiny_m1_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+@pytest.fixture(scope="session")
+def ragged_m1_dir(tiny_m1_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny M1 with every eighth token ending a completion, so that completions differ in length."""
+    path = tmp_path_factory.mktemp("tiny") / "ragged"
+    shutil.copytree(tiny_m1_dir, path)
+    file = path / "generation_config.json"
+    special = json.loads(file.read_text())
+    ends = [special["eos_token_id"], *range(3, MIN_VOCAB_SIZE - 32, 8)]
+    file.write_text(json.dumps(special | {"eos_token_id": ends}))
+    return path
+
+
 @pytest.fixture
-def model_dirs(tiny_m1_dir: Path, tiny_qwen3_dir: Path) -> dict[str, Path]:
-    return {"m1": tiny_m1_dir, "qwen3": tiny_qwen3_dir}
+def model_dirs(tiny_m1_dir: Path, ragged_m1_dir: Path, tiny_qwen3_dir: Path) -> dict[str, Path]:
+    return {"m1": tiny_m1_dir, "ragged": ragged_m1_dir, "qwen3": tiny_qwen3_dir}
 
 
 @pytest.fixture
@@ -114,8 +126,8 @@ MakeTrainer = Callable[..., Any]
 def make_trainer(model_dirs: dict[str, Path], prompts: Dataset, tmp_path: Path) -> MakeTrainer:
     """``make_trainer(model="m1", reward=..., dataset=..., trainer_class=..., init={}, **config)``.
 
-    ``model`` is "m1", "qwen3", a path or a model; ``init`` holds further arguments of the trainer, ``config`` those of
-    its configuration, which is a ``CISPOConfig`` unless the trainer is TRL's.
+    ``model`` is "m1", "ragged", "qwen3", a path or a model; ``init`` holds further arguments of the trainer,
+    ``config`` those of its configuration, which is a ``CISPOConfig`` unless the trainer is TRL's.
     """
     from trl import GRPOConfig
 
