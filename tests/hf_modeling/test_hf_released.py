@@ -55,4 +55,4 @@ def test_derived_fields_of_the_released_config(checkpoint_dir: Path) -> None:
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.5}
     assert config.num_experts == config.num_local_experts == 32
     assert config.head_dtype == "float32"
-    assert not hasattr(config, "auto_map")
+    assert config.auto_map == {} and "auto_map" not in config.to_dict()
