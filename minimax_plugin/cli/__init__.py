@@ -14,16 +14,20 @@ from minimax_plugin import __version__
 COMMANDS = {
     "doctor": "check versions, registration and, with MODEL_DIR, whether a checkpoint is complete",
     "run": "run a program that does not import the plugin (trl, lm_eval, a script) as if it did",
+    "train": "fine-tune with CISPO from a YAML file of settings",
     "tiny": "write a small, complete checkpoint of the MiniMax-M1 architecture with random weights",
 }
+
+#: Sub-commands whose arguments are parsed by somebody else: argparse would take `-m` and `--help` for its own. Their
+#: modules have ``run_program(argv) -> int`` in place of ``run``.
+PASSING_ON = ("run", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command and return its exit status: 0 success, 1 a fault was found, 2 wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["run"] and argv[1:] not in (["-h"], ["--help"]):
-        # Whose arguments are not ours to parse: argparse would take `-m` and `--help` of the program for its own.
-        return importlib.import_module(f"{__name__}.run").run_program(argv[1:])
+    if argv and argv[0] in PASSING_ON and argv[1:] not in (["-h"], ["--help"]):
+        return importlib.import_module(f"{__name__}.{argv[0]}").run_program(argv[1:])
     parser = argparse.ArgumentParser(prog="minimax-plugin", description="MiniMax-M1 for Hugging Face and vLLM.")
     parser.add_argument("--version", action="version", version=f"minimax-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
