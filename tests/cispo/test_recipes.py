@@ -26,7 +26,7 @@ def parse(path: Path, *arguments: str) -> tuple[Any, Any, Any]:
 
     parser = TrlParser((TaskArguments, CISPOConfig, ModelConfig))
     # bf16 needs a GPU to be accepted; whether one is here is not what is tested.
-    return parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *arguments])  # type: ignore[return-value]
+    return parser.parse_args_and_config(["--config", str(path), "--use_cpu", "true", *arguments])
 
 
 def test_recipes_are_found() -> None:
