@@ -196,7 +196,7 @@ def _true_clue(rng: random.Random, order: str) -> str:
 
 
 def _holds(clue: str, order: str) -> bool:
-    subject, relation, other = clue
+    subject, relation, other = tuple(clue)
     place = order.index(subject)
     if relation == "<":
         return place < order.index(other)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 USAGE = "minimax-plugin train cispo CONFIG.yaml [--FIELD VALUE ...]"
 
@@ -206,7 +206,7 @@ def _reward(name: str) -> Callable[..., Any]:
         raise ValueError(f"reward_funcs has {name!r}, which cannot be imported: {error}") from error
     if not callable(function):
         raise ValueError(f"reward_funcs has {name!r}, which is a {type(function).__name__}, expected a function")
-    return function
+    return cast(Callable[..., Any], function)
 
 
 def _load_dataset(name: str) -> Any:

@@ -81,7 +81,7 @@ def test_trainer_takes_the_model(tiny: Path, tmp_path: Path, make: Callable[[Any
     assert type(trainer.model).__module__.startswith("minimax_plugin.")
     assert math.isfinite(result.training_loss)
     assert any(not torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
-    reference = getattr(trainer, "ref_model", None)
+    reference: Any = getattr(trainer, "ref_model", None)
     if make is grpo_with_reference:
         assert type(reference).__module__.startswith("minimax_plugin.")
         assert all(torch.equal(before[name], parameter) for name, parameter in reference.named_parameters())
