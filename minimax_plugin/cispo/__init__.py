@@ -24,9 +24,10 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("trl", "accelerate", "datasets"):
+        library = (error.name or "").split(".")[0]
+        if library not in ("trl", "accelerate", "datasets"):
             raise
         raise ImportError(
-            f"{name} needs {error.name}, which is not installed: pip install 'minimax-plugin[train]'", name=error.name
+            f"{name} needs {library}, which is not installed: pip install 'minimax-plugin[train]'", name=library
         ) from error
     return getattr(module, name)

@@ -194,31 +194,16 @@ class CISPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        self._check_loss()
         self._check_choices()
+        self._check_loss()
+        self._check_token_mask()
+        self._check_rollouts()
         super().__post_init__()
 
     @property
     def importance_cap(self) -> float:
         """Largest importance weight, ``1 + epsilon_is_high``."""
         return 1.0 + self.epsilon_is_high
-
-    def _check_loss(self) -> None:
-        if self.loss_type != "cispo":
-            raise ValueError(
-                f"loss_type is {self.loss_type!r}, expected 'cispo'; use trl.GRPOTrainer for the other losses"
-            )
-        if not self.epsilon_is_high > 0 or math.isnan(self.epsilon_is_high):
-            raise ValueError(
-                f"epsilon_is_high is {self.epsilon_is_high}, expected a positive number: importance weights are capped "
-                "at 1 + epsilon_is_high"
-            )
-        if self.token_mask == "none" and self.epsilon_high is not None:
-            raise ValueError(
-                f"epsilon_high is {self.epsilon_high}, but without a token_mask nothing uses it. The cap of importance "
-                f"weights is 1 + epsilon_is_high; TRL's cispo cap X is epsilon_is_high = X - 1, here "
-                f"{self.epsilon_high - 1:g}"
-            )
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -231,3 +216,85 @@ class CISPOConfig(GRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}")
+
+    def _check_loss(self) -> None:
+        if self.loss_type != "cispo":
+            raise ValueError(
+                f"loss_type is {self.loss_type!r}, expected 'cispo'; use trl.GRPOTrainer for the other losses"
+            )
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                f"importance_sampling_level is {self.importance_sampling_level!r}, expected 'token': this loss weighs "
+                "tokens"
+            )
+        if self.delta is not None:
+            raise ValueError(
+                f"delta is {self.delta}, which is not of this loss; for dual clipping set token_mask='dual' and "
+                f"dual_clip_ratio={self.delta}"
+            )
+        if not self.epsilon_is_high > 0:
+            raise ValueError(
+                f"epsilon_is_high is {self.epsilon_is_high}, expected a positive number (inf for no cap): importance "
+                "weights are capped at 1 + epsilon_is_high"
+            )
+        if self.epsilon_is_low is not None and not self.epsilon_is_low > 0:
+            raise ValueError(
+                f"epsilon_is_low is {self.epsilon_is_low}, expected a positive number or None: importance weights are "
+                "at least 1 - epsilon_is_low"
+            )
+        if not 0.0 <= self.sample_loss_weight <= 1.0:
+            raise ValueError(f"sample_loss_weight is {self.sample_loss_weight}, expected a share from 0 to 1")
+        if not 0.0 < self.log_ratio_bound <= 80.0:
+            raise ValueError(
+                f"log_ratio_bound is {self.log_ratio_bound}, expected a number above 0 and at most 80, so that its "
+                "exponential is finite in fp32"
+            )
+        if not self.beta >= 0.0:
+            raise ValueError(f"beta is {self.beta}, expected 0 or more")
+
+    def _check_token_mask(self) -> None:
+        if self.token_mask == "none":
+            if self.epsilon_high is not None:
+                raise ValueError(
+                    f"epsilon_high is {self.epsilon_high}, but without a token_mask nothing uses it. The cap of "
+                    "importance weights is 1 + epsilon_is_high; TRL's cispo cap X is epsilon_is_high = X - 1, here "
+                    f"{self.epsilon_high - 1:g}"
+                )
+            if self.epsilon != GRPOConfig.epsilon:
+                raise ValueError(
+                    f"epsilon is {self.epsilon}, but without a token_mask nothing uses it. The lower bound of "
+                    "importance weights is 1 - epsilon_is_low, the upper one 1 + epsilon_is_high"
+                )
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a positive number: it bounds token_mask")
+        if (self.dual_clip_ratio is not None) != (self.token_mask == "dual"):
+            raise ValueError(
+                f"dual_clip_ratio is {self.dual_clip_ratio} and token_mask is {self.token_mask!r}: token_mask='dual' "
+                "needs a ratio above 1, for example 3.0, and the other masks have none"
+            )
+        if self.dual_clip_ratio is not None and not self.dual_clip_ratio > 1.0:
+            raise ValueError(f"dual_clip_ratio is {self.dual_clip_ratio}, expected a ratio above 1, for example 3.0")
+
+    def _check_rollouts(self) -> None:
+        if self.num_generations is None or self.num_generations < 2:
+            raise ValueError(
+                f"num_generations is {self.num_generations}, expected at least 2: the advantage of a completion is "
+                "relative to the others of its prompt"
+            )
+        if not -1.0 <= self.rollout_check_pearson <= 1.0:
+            raise ValueError(f"rollout_check_pearson is {self.rollout_check_pearson}, expected a correlation, -1 to 1")
+        if self.max_refill_rounds < 1:
+            raise ValueError(
+                f"max_refill_rounds is {self.max_refill_rounds}, expected at least 1; zero_variance='drop' never "
+                "refills"
+            )
+        if self.retire_solved_at is not None and not 0.0 < self.retire_solved_at <= 1.0:
+            raise ValueError(
+                f"retire_solved_at is {self.retire_solved_at}, expected a pass rate above 0 and at most 1, or None"
+            )
+        if not math.isfinite(self.solved_reward):
+            raise ValueError(f"solved_reward is {self.solved_reward}, expected a finite reward")
+        if self.mismatch_plot_steps < 0:
+            raise ValueError(f"mismatch_plot_steps is {self.mismatch_plot_steps}, expected 0 (never) or more")
