@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,15 +99,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    write_tiny_checkpoint(args.directory, OPTIONS, force=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.directory)
-    model = AutoModelForCausalLM.from_pretrained(args.directory, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_checkpoint(folder, OPTIONS, force=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.manual_seed(args.seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:  # the weights of `tiny` are made for generating at once, not for learning
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     train(model, tokenizer, args.steps, args.learning_rate, args.seed)
     model.save_pretrained(args.directory)
+    tokenizer.save_pretrained(args.directory)
     logger.info("wrote %s", args.directory)
 
 

@@ -188,7 +188,7 @@ def load_data(tasks: TaskArguments) -> tuple[Any, Any, list[Callable[..., Any]]]
 def _reward(name: str) -> Callable[..., Any]:
     from minimax_plugin.cispo import tasks
 
-    own = {
+    own: dict[str, Callable[..., Any]] = {
         "correctness": tasks.correctness_reward,
         "format": tasks.format_reward,
         "math_verify": tasks.math_verify_reward,
