@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests.
 
-Golden data and the configuration of the released checkpoint lie outside the repository, in the folder named by the
-environment variable ``MINIMAX_SHARED`` or in ``../shared`` beside the repository. Tests that need them are skipped
-where they are absent.
+The configuration of the released checkpoint and further golden cases (``goldens.py``) lie outside the repository, in
+the folder named by the environment variable ``MINIMAX_SHARED`` or in ``../shared`` beside the repository. Tests that
+need them are skipped where they are absent.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
-SHARED_VARIABLE = "MINIMAX_SHARED"
+from goldens import SHARED, SHARED_VARIABLE  # noqa: E402
 
 # A busy machine is no fault of the code: neither a deadline nor a slow draw fails a property test, and every run draws
 # the same examples. `--hypothesis-profile=explore` draws new ones.
@@ -34,23 +33,18 @@ if importlib.util.find_spec("hypothesis"):
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder of the data that is not part of the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared"
-    path = Path(os.environ.get(SHARED_VARIABLE, default))
-    if not path.is_dir():
-        pytest.skip(f"{path} does not exist; set {SHARED_VARIABLE} to the folder with golden/ and checkpoint/")
-    return path
-
-
-@pytest.fixture(scope="session")
-def golden_dir(shared_dir: Path) -> Path:
-    """Folder of the golden cases, one sub-folder each."""
-    return _required(shared_dir / "golden")
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} does not exist; set {SHARED_VARIABLE} to the folder with golden/ and checkpoint/")
+    return SHARED
 
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(shared_dir: Path) -> Path:
     """Folder with the config.json, the tensor index and the tokenizer files of the released checkpoint, no weights."""
-    return _required(shared_dir / "checkpoint")
+    path = shared_dir / "checkpoint"
+    if not path.is_dir():
+        pytest.skip(f"{path} does not exist")
+    return path
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -61,9 +55,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
-
-
-def _required(path: Path) -> Path:
-    if not path.is_dir():
-        pytest.skip(f"{path} does not exist")
-    return path

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recurrence import recurrence
+from recurrence import recurrence, split_heads
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,11 +81,15 @@ class Oracle:
             hidden, router = self._layer(layer, hidden, cache)
             hidden_states.append(hidden)
             router_logits.append(router)
-        hidden = rms_norm(hidden, self.weights["model.norm.weight"], self.eps)
+        hidden = self.norm("model.norm", hidden)
         hidden_states[-1] = hidden
         cache.length += len(tokens)
-        head = "model.embed_tokens.weight" if self.config.get("tie_word_embeddings") else "lm_head.weight"
-        return OracleOutput(hidden @ self.weights[head].T, hidden_states, torch.stack(router_logits))
+        return OracleOutput(self.head(hidden), hidden_states, torch.stack(router_logits))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V]."""
+        name = "model.embed_tokens.weight" if self.config.get("tie_word_embeddings") else "lm_head.weight"
+        return hidden @ self.weights[name].T
 
     def greedy(self, tokens: Sequence[int], num_tokens: int) -> list[int]:
         """Token ids that greedy decoding appends to ``tokens``."""
@@ -100,31 +104,50 @@ class Oracle:
         prefix = f"model.layers.{layer}"
         kind = "full" if self.config["attn_type_list"][layer] == 1 else "linear"
         postnorm = self.config.get("postnorm", False)
-        normed = rms_norm(hidden, self.weights[f"{prefix}.input_layernorm.weight"], self.eps)
+        normed = self.norm(f"{prefix}.input_layernorm", hidden)
         residual = normed if postnorm else hidden
-        attend = self._softmax_attention if kind == "full" else self._lightning_attention
-        hidden = self._combine(f"{kind}_attention", residual, attend(layer, normed, cache))
-        normed = rms_norm(hidden, self.weights[f"{prefix}.post_attention_layernorm.weight"], self.eps)
+        attend = self.softmax_attention if kind == "full" else self._lightning_attention
+        hidden = self.combine(f"{kind}_attention", residual, attend(layer, normed, cache))
+        normed = self.norm(f"{prefix}.post_attention_layernorm", hidden)
         residual = normed if postnorm else hidden
-        output, router_logits = self._moe(prefix, normed)
-        return self._combine("mlp", residual, output), router_logits
+        output, router_logits = self.routed_experts(layer, normed)
+        if self.config.get("shared_intermediate_size"):
+            share = self.share_of_shared_expert(layer, normed)
+            output = output * (1 - share) + self.shared_expert(layer, normed) * share
+        return self.combine("mlp", residual, output), router_logits
 
-    def _combine(self, part: str, residual: Tensor, output: Tensor) -> Tensor:
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """RMSNorm over the last dim with the weight of the module ``name``."""
+        return rms_norm(x, self.weights[f"{name}.weight"], self.eps)
+
+    def combine(self, part: str, residual: Tensor, output: Tensor) -> Tensor:
+        """``alpha * residual + beta * output`` with the factors of ``part``."""
         alpha = self.config.get(f"layernorm_{part}_alpha", 1.0)
         beta = self.config.get(f"layernorm_{part}_beta", 1.0)
         return residual * alpha + output * beta
 
     def _lightning_attention(self, layer: int, hidden: Tensor, cache: OracleCache) -> Tensor:
+        q, k, v = split_heads(self.lightning_projection(layer, hidden))
+        out, cache.states[layer] = recurrence(q, k, v, self.slopes(layer), cache.states.get(layer))
+        return self.lightning_output(layer, hidden, out)
+
+    def slopes(self, layer: int) -> Tensor:
+        return slopes(self.num_heads, layer, self.num_layers)
+
+    def lightning_projection(self, layer: int, hidden: Tensor) -> Tensor:
+        """q, k and v of each head [T, H, 3D] before the activation."""
+        projected = hidden @ self.weights[f"model.layers.{layer}.self_attn.qkv_proj.weight"].T
+        return projected.view(-1, self.num_heads, 3 * self.head_dim)
+
+    def lightning_output(self, layer: int, hidden: Tensor, out: Tensor) -> Tensor:
+        """What follows the recurrence, whose output is ``out`` [T, H, D]: norm over all heads, gate, projection."""
         prefix = f"model.layers.{layer}.self_attn"
-        heads, dim = self.num_heads, self.head_dim
-        qkv = silu(hidden @ self.weights[f"{prefix}.qkv_proj.weight"].T).view(-1, heads, 3 * dim)
-        q, k, v = qkv[..., :dim], qkv[..., dim : 2 * dim], qkv[..., 2 * dim :]
-        out, cache.states[layer] = recurrence(q, k, v, slopes(heads, layer, self.num_layers), cache.states.get(layer))
         normed = rms_norm(out.flatten(1), self.weights[f"{prefix}.norm.weight"], LIGHTNING_EPS)
         gate = torch.sigmoid(hidden @ self.weights[f"{prefix}.output_gate.weight"].T)
         return (gate * normed) @ self.weights[f"{prefix}.out_proj.weight"].T
 
-    def _softmax_attention(self, layer: int, hidden: Tensor, cache: OracleCache) -> Tensor:
+    def softmax_attention(self, layer: int, hidden: Tensor, cache: OracleCache) -> Tensor:
+        """The whole of a softmax layer on its normed input; ``cache.length`` tokens came before."""
         prefix = f"model.layers.{layer}.self_attn"
         num_tokens, dim = hidden.shape[0], self.head_dim
         q, k, v = (
@@ -158,8 +181,9 @@ class Oracle:
             dim=-1,
         )
 
-    def _moe(self, prefix: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        moe = f"{prefix}.block_sparse_moe"
+    def routed_experts(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of the routed experts [T, hidden] and router logits [T, E]."""
+        moe = f"model.layers.{layer}.block_sparse_moe"
         router_logits = hidden @ self.weights[f"{moe}.gate.weight"].T
         weights, chosen = torch.softmax(router_logits, dim=-1).topk(self.config["num_experts_per_tok"], dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -168,17 +192,18 @@ class Oracle:
             for weight, expert in zip(weights[t], chosen[t].tolist(), strict=True):
                 w1, w2, w3 = (self.weights[f"{moe}.experts.{expert}.w{i}.weight"] for i in (1, 2, 3))
                 output[t] += weight * (w2 @ (silu(w1 @ hidden[t]) * (w3 @ hidden[t])))
-        if self.config.get("shared_intermediate_size"):
-            output = self._add_shared_expert(prefix, hidden, output)
         return output, router_logits
 
-    def _add_shared_expert(self, prefix: str, hidden: Tensor, routed: Tensor) -> Tensor:
-        gate, up, down = (self.weights[f"{prefix}.shared_mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-        shared = (silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T
-        logit = hidden @ self.weights[f"{prefix}.coefficient.weight"].T
+    def shared_expert(self, layer: int, hidden: Tensor) -> Tensor:
+        prefix = f"model.layers.{layer}.shared_mlp"
+        gate, up, down = (self.weights[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        return (silu(hidden @ gate.T) * (hidden @ up.T)) @ down.T
+
+    def share_of_shared_expert(self, layer: int, hidden: Tensor) -> Tensor:
+        """The part [T, 1] that the shared expert has in the output, the routed experts having the rest."""
+        logit = hidden @ self.weights[f"model.layers.{layer}.coefficient.weight"].T
         softmax = self.config.get("shared_moe_mode", "sigmoid") == "softmax"
-        share = torch.softmax(logit, dim=-1) if softmax else torch.sigmoid(logit)
-        return routed * (1 - share) + shared * share
+        return torch.softmax(logit, dim=-1) if softmax else torch.sigmoid(logit)
 
 
 def slopes(num_heads: int, layer: int, num_layers: int) -> Tensor:

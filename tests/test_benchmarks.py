@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from recurrence import recurrence
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,11 +146,10 @@ def test_peers_are_held_against_the_recurrence(monkeypatch: pytest.MonkeyPatch) 
 def test_fast_oracle_is_the_recurrence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     from benchmarks import kernel_timing
-    from minimax_plugin.kernels import reference
 
     q, k, v = torch.randn(3, 150, 2, 16).unbind(0)
     slopes = torch.tensor([0.917, 4.95e-5])
-    expected = [reference.recurrence_fp64(q[:20], k[:20], v[:20], slopes)[0]]
-    expected.append(reference.recurrence_fp64(q[20:], k[20:], v[20:], slopes)[0])
+    expected = [recurrence(q[:20], k[:20], v[:20], slopes)[0]]
+    expected.append(recurrence(q[20:], k[20:], v[20:], slopes)[0])
     actual = kernel_timing.chunked_fp64(q, k, v, slopes, [0, 20, 20, 150])
     torch.testing.assert_close(actual, torch.cat(expected), rtol=1e-12, atol=1e-12)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from goldens import golden_cases
 from safetensors.torch import load_file, save_file
 
 from minimax_plugin.architecture import Architecture
@@ -88,9 +89,9 @@ def test_intact(intact: Path) -> None:
     assert not report.notes
 
 
-@pytest.mark.parametrize("case", ["a_hybrid8", "c_lengths", "e_leftpad", "f_text01_shared", "g_smooth_bf16"])
-def test_goldens_are_complete(case: str, golden_dir: Path) -> None:
-    assert require_complete(golden_dir / case).num_files == 1
+@golden_cases()
+def test_goldens_are_complete(case: Path) -> None:
+    assert require_complete(case).num_files == 1
 
 
 def test_released_index_is_complete_but_for_the_shards(checkpoint_dir: Path) -> None:

@@ -21,9 +21,11 @@ CLOCKS = {"perf_counter", "perf_counter_ns", "default_timer", "timeit", "time.ti
 
 
 def test_property_tests_have_no_deadline_and_draw_the_same_examples() -> None:
-    assert settings.default.deadline is None
-    assert settings.default.derandomize
-    assert HealthCheck.too_slow in settings.default.suppress_health_check
+    profile = settings.default
+    assert profile is not None
+    assert profile.deadline is None
+    assert profile.derandomize
+    assert HealthCheck.too_slow in profile.suppress_health_check
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(TESTS)))

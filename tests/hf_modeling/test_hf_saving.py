@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from goldens import M1, TEXT01
 from hf_helpers import load_fp32, random_ids
 from oracle import Oracle, load_checkpoint, random_tensors, tensor_shapes, tiny_config, write_checkpoint
 from transformers import AutoModelForCausalLM
@@ -37,11 +38,11 @@ def test_save_and_load_are_bit_equal(tmp_path: Path, dtype: object, max_shard_si
         assert_same_tensors(path, source)
 
 
-@pytest.mark.parametrize("case", ["a_hybrid8", "f_text01_shared"])
-def test_golden_checkpoints_survive_a_round_trip(golden_dir: Path, tmp_path: Path, case: str) -> None:
-    AutoModelForCausalLM.from_pretrained(golden_dir / case).save_pretrained(tmp_path)
-    assert_same_tensors(tmp_path, golden_dir / case)
-    before, after = (json.loads((path / "config.json").read_text()) for path in (golden_dir / case, tmp_path))
+@pytest.mark.parametrize("case", [M1, TEXT01], ids=["m1", "text01"])
+def test_golden_checkpoints_survive_a_round_trip(tmp_path: Path, case: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(case).save_pretrained(tmp_path)
+    assert_same_tensors(tmp_path, case)
+    before, after = (json.loads((path / "config.json").read_text()) for path in (case, tmp_path))
     assert before["architectures"] == after["architectures"]
     assert before["model_type"] == after["model_type"]
 

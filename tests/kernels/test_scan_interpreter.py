@@ -32,13 +32,13 @@ def test_scan_kernels_in_the_interpreter_in_every_setting() -> None:
 
 
 @pytest.mark.slow
-def test_the_model_gives_the_goldens_through_the_interpreter(golden_dir: Path) -> None:
+def test_the_model_gives_the_goldens_through_the_interpreter() -> None:
     pytest.importorskip("transformers")
     run_interpreted("golden_cases.py")
 
 
 @pytest.mark.slow
-def test_vllm_gives_the_goldens_through_the_interpreter(golden_dir: Path) -> None:
+def test_vllm_gives_the_goldens_through_the_interpreter() -> None:
     """Model Runner V2, whose own kernels are interpreted too."""
     pytest.importorskip("vllm")
     run_interpreted("../vllm_model/test_vllm_engine.py", "-k", "model_runner_v2")

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recurrence import recurrence
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from minimax_plugin.kernels.reference import recurrence_fp64  # noqa: E402
 from minimax_plugin.vllm_model import compat  # noqa: E402
 from minimax_plugin.vllm_model.metadata import (  # noqa: E402
     LightningBackend,
@@ -320,7 +320,7 @@ class Request:
 
     def reference(self, heads: int, slopes: Tensor) -> Tensor:
         q, k, v = torch.nn.functional.silu(self.qkv).view(-1, heads, self.qkv.shape[1] // heads).chunk(3, -1)
-        return recurrence_fp64(q, k, v, slopes)[0]
+        return recurrence(q, k, v, slopes)[0]
 
 
 def _step(layer: Any, metadata: LightningMetadata, parts: list[Tensor], padding: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from goldens import M1, TEXT01  # noqa: E402
 from oracle import Oracle, load_checkpoint, random_tensors, tiny_config, write_checkpoint  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from vllm_engine_process import TORCH_EXPERTS_VARIABLE, EngineProcess  # noqa: E402
@@ -21,6 +22,7 @@ from vllm_references import (  # noqa: E402
     golden_case,
     link_checkpoint,
     oracle_case,
+    random_checkpoint,
     random_prompts,
 )
 
@@ -47,17 +49,18 @@ def _check(engine: EngineProcess, cases: list[Expected]) -> None:
         assert_equal(engine.generate([case.prompt for case in cases], len(cases[0].tokens)), cases)
 
 
-def test_tensor_parallel(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -> None:
-    checkpoint = link_checkpoint(golden_dir, "a_hybrid8", tmp_path)
+def test_tensor_parallel(tmp_path: Path, vllm_cache: Path) -> None:
+    """With a shared expert, which is split too."""
+    checkpoint = link_checkpoint(TEXT01, tmp_path)
     with EngineProcess(checkpoint, vllm_cache, env=RANKS_ENV, tensor_parallel_size=2) as engine:
-        golden = golden_case(golden_dir, "a_hybrid8")
+        golden = golden_case(TEXT01)
         assert_equal(engine.generate([case.prompt for case in golden], len(golden[0].tokens)), golden)
         _check(engine, _cases(checkpoint))
 
 
-def test_pipeline_parallel(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -> None:
+def test_pipeline_parallel(tmp_path: Path, vllm_cache: Path) -> None:
     """vLLM wants a softmax layer in each stage, and on a CPU a compile mode that runs its warm-up."""
-    checkpoint = link_checkpoint(golden_dir, "e_leftpad", tmp_path)
+    checkpoint = link_checkpoint(M1, tmp_path)
     with EngineProcess(
         checkpoint,
         vllm_cache,
@@ -66,14 +69,14 @@ def test_pipeline_parallel(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -
         enforce_eager=False,
         compilation_config={"mode": 2, "backend": "eager"},
     ) as engine:
-        for case in golden_case(golden_dir, "e_leftpad"):
+        for case in golden_case(M1):
             assert_equal(engine.generate([case.prompt], len(case.tokens)), [case])
         _check(engine, _cases(checkpoint))
 
 
-def test_speculative_decoding(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -> None:
+def test_speculative_decoding(tmp_path: Path, vllm_cache: Path) -> None:
     """Drafts by n-gram; prompts of one token beside others, which the scheduler pads with placeholder drafts."""
-    checkpoint = link_checkpoint(golden_dir, "c_lengths", tmp_path)
+    checkpoint = random_checkpoint(tmp_path, [0, 0, 0, 1])
     if FORGETFUL:
         pytest.skip("refused before vLLM 0.32")
     drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
@@ -104,8 +107,8 @@ def test_lora_on_both_kinds_of_attention(tmp_path: Path, vllm_cache: Path) -> No
 
 
 @pytest.mark.skipif(not FORGETFUL, reason="vLLM 0.32 keeps the counts of accepted drafts")
-def test_speculative_decoding_is_refused_where_vllm_forgets(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -> None:
-    checkpoint = link_checkpoint(golden_dir, "c_lengths", tmp_path)
+def test_speculative_decoding_is_refused_where_vllm_forgets(tmp_path: Path, vllm_cache: Path) -> None:
+    checkpoint = link_checkpoint(M1, tmp_path)
     drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     with (
         pytest.raises(RuntimeError, match="forgets how many drafts were accepted"),
@@ -135,9 +138,9 @@ def _adapter(tensors: dict[str, torch.Tensor], folder: Path) -> tuple[Path, dict
     return folder, merged
 
 
-def test_converted_checkpoint(golden_dir: Path, tmp_path: Path, vllm_cache: Path) -> None:
+def test_converted_checkpoint(tmp_path: Path, vllm_cache: Path) -> None:
     """The ``-hf`` format: other config keys, decay tables among the weights, ``rotary_dim`` as a leftover."""
-    original, tensors = load_checkpoint(golden_dir / "c_lengths")
+    original, tensors = load_checkpoint(M1)
     config: dict[str, Any] = {
         key: value
         for key, value in original.items()
@@ -150,7 +153,7 @@ def test_converted_checkpoint(golden_dir: Path, tmp_path: Path, vllm_cache: Path
             config[f"{new}_{kind}_factor"] = original[f"layernorm_{old}_{kind}"]
     tensors["model.layers.0.self_attn.slope_rate"] = torch.zeros(4, 1, 1)
     with EngineProcess(write_checkpoint(tmp_path / "hf", config, tensors), vllm_cache) as engine:
-        for case in golden_case(golden_dir, "c_lengths"):
+        for case in golden_case(M1):
             assert_equal(engine.generate([case.prompt], len(case.tokens)), [case])
 
 
@@ -181,8 +184,8 @@ def test_other_architectures(changes: dict[str, Any], tmp_path: Path, vllm_cache
     ids=["bf16-state", "parts-of-blocks"],
 )
 def test_options_that_would_give_wrong_tokens_stop_the_engine(
-    args: dict[str, Any], message: str, golden_dir: Path, tmp_path: Path, vllm_cache: Path
+    args: dict[str, Any], message: str, tmp_path: Path, vllm_cache: Path
 ) -> None:
-    checkpoint = link_checkpoint(golden_dir, "e_leftpad", tmp_path)
+    checkpoint = link_checkpoint(M1, tmp_path)
     with pytest.raises(RuntimeError, match=message), EngineProcess(checkpoint, vllm_cache, **args):
         pass

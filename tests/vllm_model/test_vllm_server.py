@@ -17,8 +17,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai", reason="the OpenAI client is not installed")
 
+from goldens import M1  # noqa: E402
 from vllm_engine_process import COMMON_ENV  # noqa: E402
-from vllm_references import LOGPROB_TOLERANCE, Expected, golden_case, link_checkpoint  # noqa: E402
+from vllm_references import LOGPROB_TOLERANCE, VOCAB_SIZE, Expected, golden_case, link_checkpoint  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -46,10 +47,10 @@ def _words(tokens: list[int]) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(golden_dir: Path, vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(vllm_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Base URL of a server that was started as ``scripts/demo.py`` starts it."""
-    model = link_checkpoint(golden_dir, "c_lengths", tmp_path_factory.mktemp("served"))
-    _write_tokenizer(model, 256)
+    model = link_checkpoint(M1, tmp_path_factory.mktemp("served"))
+    _write_tokenizer(model, VOCAB_SIZE)
     spec = importlib.util.spec_from_file_location("demo", ROOT / "scripts" / "demo.py")
     assert spec is not None and spec.loader is not None
     demo = importlib.util.module_from_spec(spec)
@@ -70,7 +71,7 @@ def client(server: str) -> Any:
 
 def _options(case: Expected) -> dict[str, Any]:
     return {
-        "model": "c_lengths",
+        "model": M1.name,
         "temperature": 0,
         "max_tokens": len(case.tokens),
         "extra_body": {"ignore_eos": True, "return_token_ids": True},
@@ -78,8 +79,8 @@ def _options(case: Expected) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def cases(golden_dir: Path) -> list[Expected]:
-    return golden_case(golden_dir, "c_lengths")
+def cases() -> list[Expected]:
+    return golden_case(M1)
 
 
 def test_completions_at_the_same_time(client: Any, cases: list[Expected]) -> None:
@@ -88,7 +89,7 @@ def test_completions_at_the_same_time(client: Any, cases: list[Expected]) -> Non
     def complete(case: Expected) -> Any:
         return client.completions.create(prompt=case.prompt, logprobs=1, **_options(case)).choices[0]
 
-    requests = (cases * 4)[:16]
+    requests = (cases * 6)[:16]
     with ThreadPoolExecutor(16) as pool:
         for case, choice in zip(requests, pool.map(complete, requests), strict=True):
             assert choice.token_ids == case.tokens

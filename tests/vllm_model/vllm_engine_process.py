@@ -14,11 +14,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
+from unittest import mock
 
 #: Engine arguments of every test: exact arithmetic, nothing that needs a tokenizer.
 COMMON_ARGS: dict[str, Any] = {
@@ -115,6 +116,24 @@ class EngineProcess:
         The engine must be started with ``max_logprobs=-1``.
         """
         return self._call("prompt_logprobs", {"prompt": list(prompt)})
+
+    def record(
+        self, prompt: Sequence[int], max_tokens: int, file: Path, fault: str = ""
+    ) -> tuple[list[int], list[int]]:
+        """Generate and write what every part of the model gave to ``file``, as ``bf16_layers.check_layers`` reads it.
+
+        Args:
+            prompt: the only sequence that runs.
+            max_tokens: how many to generate.
+            file: a safetensors file.
+            fault: name of a function in ``bf16_faults``, planted for the time of the call; empty for none.
+
+        Returns:
+            the tokens that were fed, and how many in each step.
+        """
+        request = {"prompt": list(prompt), "max_tokens": max_tokens, "file": str(file), "fault": fault}
+        tokens, steps = self._call("record", request)
+        return tokens, steps
 
     def facts(self) -> dict[str, Any]:
         """Preemptions and accepted drafts so far, module of the runner, compilation mode, cache mode, block size."""
@@ -220,10 +239,50 @@ def _serve(requests_fd: int, replies_fd: int) -> None:
                 (output,) = llm.generate([{"prompt_token_ids": argument["prompt"]}], everything, use_tqdm=False)
                 rows = output.prompt_logprobs[1:]
                 result = [[row[token].logprob for token in range(len(row))] for row in rows]
+            elif command == "record":
+                result = _record(llm, **argument)
             elif command == "facts":
                 result = _facts(llm)
             replies.write(json.dumps(result) + "\n")
             replies.flush()
+
+
+def _record(llm: Any, prompt: list[int], max_tokens: int, file: str, fault: str) -> tuple[list[int], list[int]]:
+    sys.path.append(str(Path(__file__).parents[1]))
+    import bf16_faults
+    from bf16_layers import Record, recorded
+    from safetensors.torch import save_file
+    from vllm import SamplingParams
+
+    record = Record()
+    (model,) = llm.collective_rpc(_model)
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+    planted = getattr(bf16_faults, fault)(model) if fault else contextlib.nullcontext()
+    with planted, recorded(model, record), _recorded_states(model, record):
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    save_file(record.tensors(), file)
+    return prompt + list(output.outputs[0].token_ids)[:-1], record.steps()
+
+
+@contextlib.contextmanager
+def _recorded_states(model: Any, record: Any) -> Iterator[None]:
+    """The state of the one sequence after every step, from the block pool, and what the LM head was given and gave."""
+    from minimax_plugin.vllm_model.lightning import LightningAttention
+
+    def attend(layer: Any, qkv: Any, out: Any, sumsq: Any, metadata: Any) -> None:
+        run(layer, qkv, out, sumsq, metadata)
+        slots = metadata.state_indices_tensor_p if metadata.num_prefills else metadata.state_indices_tensor_d
+        record.add(f"{layer.prefix.split('.')[-2]}.state", layer.state_pool.states[slots.flatten()[:1].long()])
+
+    def head(module: Any, inputs: Any, output: Any) -> None:
+        record.add("head_input", inputs[1])
+        record.add("logits", output)
+
+    run = LightningAttention.attend
+    hook = model.logits_processor.register_forward_hook(head)
+    with mock.patch.object(LightningAttention, "attend", attend):
+        yield
+    hook.remove()
 
 
 def _completion(output: Any) -> dict[str, Any]:
@@ -244,6 +303,10 @@ def _facts(llm: Any) -> dict[str, Any]:
         "cache_mode": config.cache_config.mamba_cache_mode,
         "block_size": config.cache_config.block_size,
     }
+
+
+def _model(worker: Any) -> Any:
+    return worker.model_runner.get_model()
 
 
 def _runner_module(worker: Any) -> str:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from oracle import Oracle, OracleCache
-from safetensors.torch import load_file
+from goldens import load_golden
+from oracle import Oracle, OracleCache, tiny_config, write_checkpoint
 from vllm_engine_process import Completion
 
 #: Largest difference of the log probability of a generated token between vLLM in fp32 and the reference.
 LOGPROB_TOLERANCE = 1e-4
+
+#: Words of the golden cases in the repository, and of the random checkpoints here.
+VOCAB_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,12 @@ class Expected:
     logprobs: list[float]
 
 
-def golden_case(golden_dir: Path, name: str) -> list[Expected]:
+def golden_case(case: Path) -> list[Expected]:
     """Every row of a golden case, padding removed."""
-    tensors = load_file(golden_dir / name / "golden.safetensors")
     cases = []
-    for batch in range(sum(key.endswith(".input_ids") for key in tensors)):
-        ids, mask, greedy = (tensors[f"b{batch}.{key}"] for key in ("input_ids", "attention_mask", "greedy_ids"))
-        logprobs = tensors[f"b{batch}.greedy_logits"].double().log_softmax(-1)
+    for batch in load_golden(case):
+        ids, mask, greedy = (batch[key] for key in ("input_ids", "attention_mask", "greedy_ids"))
+        logprobs = batch["greedy_logits"].double().log_softmax(-1)
         for row in range(ids.shape[0]):
             cases.append(
                 Expected(
@@ -43,13 +45,21 @@ def golden_case(golden_dir: Path, name: str) -> list[Expected]:
     return cases
 
 
-def link_checkpoint(golden_dir: Path, name: str, folder: Path) -> Path:
+def link_checkpoint(case: Path, folder: Path) -> Path:
     """The checkpoint of a golden case without its results, which vLLM would load as weights too."""
-    target = folder / name
+    target = folder / case.name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("config.json", "model.safetensors"):
-        (target / file).symlink_to(golden_dir / name / file)
+        (target / file).symlink_to(case / file)
     return target
+
+
+def random_checkpoint(folder: Path, layers: Sequence[int]) -> Path:
+    """A checkpoint with random weights, for the oracle to say what it answers; 0 is a lightning layer, 1 softmax."""
+    config = tiny_config(
+        hidden_size=64, vocab_size=VOCAB_SIZE, attn_type_list=list(layers), num_hidden_layers=len(layers)
+    )
+    return write_checkpoint(folder / f"random-{len(layers)}", config)
 
 
 def oracle_case(oracle: Oracle, prompt: Sequence[int], num_tokens: int) -> Expected:
@@ -66,7 +76,7 @@ def oracle_case(oracle: Oracle, prompt: Sequence[int], num_tokens: int) -> Expec
     return Expected(list(prompt), tokens, logprobs)
 
 
-def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 1) -> list[list[int]]:
+def random_prompts(lengths: Sequence[int], vocab_size: int = VOCAB_SIZE, seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
