@@ -124,8 +124,10 @@ class MiniMaxM1Config(PreTrainedConfig):
     head_dtype: str = "float32"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # The entry names code files of the original repository, which no checkpoint saved from here contains.
+        # The entries name code files of the original repository, which no checkpoint saved from here contains, and a
+        # pipeline would run those of a folder.
         kwargs.pop("auto_map", None)
+        kwargs.pop("custom_pipelines", None)
         self._resolve_layers(kwargs.pop("layer_types", None))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads

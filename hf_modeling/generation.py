@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from minimax_plugin.architecture import EOS_TOKEN_ID, PAD_TOKEN_ID, RELEASED_VOCAB_SIZE, VOCAB_PADDING_START
 from minimax_plugin.hf_modeling.cache import adopt_cache
+
+logger = logging.getLogger(__name__)
+
+#: File that transformers would run in place of ``generate`` with ``trust_remote_code=True``.
+CUSTOM_GENERATE = "custom_generate/generate.py"
 
 
 class MiniMaxM1GenerationMixin:
@@ -32,8 +40,15 @@ class MiniMaxM1GenerationMixin:
         """Fill in what the released checkpoint leaves out, without touching anything a checkpoint states.
 
         The released config.json has no end of sequence and the repository has no generation_config.json, so that
-        ``generate`` would not stop before its token limit. Sampling is not switched on.
+        ``generate`` would not stop before its token limit. Sampling is not switched on. A ``generate`` function that
+        comes with the checkpoint (``custom_generate/generate.py``) is not run, whatever ``trust_remote_code`` is; name
+        its repository in ``generate(custom_generate=...)`` to run it.
         """
+        if kwargs.get("trust_remote_code"):
+            kwargs["trust_remote_code"] = False
+            for source in args:
+                if isinstance(source, str | os.PathLike) and (file := Path(source, CUSTOM_GENERATE)).is_file():
+                    logger.warning("%s is not run: generate needs no code of the checkpoint", file)
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
         generation_config = self.generation_config  # type: ignore[attr-defined]
         if generation_config is None or self.config.vocab_size != RELEASED_VOCAB_SIZE:  # type: ignore[attr-defined]

@@ -140,6 +140,15 @@ def test_tokenizer_splits_as_its_file_says(tokenizer_dir: Path, tmp_path: Path) 
     assert tokenizer.decode(expected) == TEXT
 
 
+def test_tokenizer_of_a_converted_checkpoint_splits_as_its_file_says(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """vLLM serves those whose names end in ``-hf`` with this package's model."""
+    for file in tokenizer_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "minimax", "vocab_size": 512}))
+    expected = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).encode(TEXT).ids
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXT).input_ids == expected
+
+
 def test_class_named_by_the_checkpoint_would_split_differently(tokenizer_dir: Path) -> None:
     """The trap itself; if this fails, transformers has changed and the registration may be simplified."""
     from transformers import GPT2Tokenizer
