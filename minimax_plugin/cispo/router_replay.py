@@ -142,6 +142,7 @@ class RouterReplay:
             self._batch = before
 
     def _before_call(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered.append(self._active.set(None))  # taken off again even if what follows raises
         batch, row, call = self._batch, current_row(), None
         if batch is not None and (row is None or row.batch_shape[0]):
             for module in self._checkpointing:
@@ -151,7 +152,7 @@ class RouterReplay:
             if batch.routes is not None and not (row and row.idle):
                 call.routes = _routes_of(batch, call)
         self._last_call_replayed = call is not None and call.routes is not None
-        self._entered.append(self._active.set(call))
+        self._active.set(call)
 
     def _after_call(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         call, batch = self._active.get(), self._batch
