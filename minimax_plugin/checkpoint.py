@@ -3,22 +3,47 @@
 
 No tensor data is read, so the 413 shards (912 GB) of the released model are checked in seconds and without torch.
 The checks name file, tensor or field, what was found and what was expected, and report every fault instead of the
-first one.
+first one. Nobody has to vouch for the directory: sizes are bounded, no file outside of it is opened, nothing hangs.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minimax_plugin.architecture import ORIGINAL_ARCHITECTURES, Architecture, TensorSpec
+from minimax_plugin.checkpoint_files import (
+    WEIGHTS_SUFFIX,
+    file_problem,
+    num_bytes,
+    read_header,
+    read_json,
+    shard_name_problem,
+)
+from minimax_plugin.config_fields import CONVERTED_MODEL_TYPE, config_faults, field_fault
+from minimax_plugin.config_rules import shown
+from minimax_plugin.faults import CheckpointError, Fault, FaultList, count, summary
+from minimax_plugin.side_files import CONFIG_FILE, side_file_faults
 
-CONFIG_FILE = "config.json"
+__all__ = [
+    "CONFIG_FILE",
+    "INDEX_FILE",
+    "ORIGINAL_MODEL_TYPES",
+    "SINGLE_FILE",
+    "CheckpointError",
+    "CheckpointReport",
+    "Fault",
+    "check_checkpoint",
+    "read_safetensors_header",
+    "require_complete",
+    "require_safetensors",
+    "require_shard_names",
+    "require_sound_files",
+    "require_sound_index",
+]
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -26,51 +51,36 @@ SINGLE_FILE = "model.safetensors"
 #: (``MiniMaxM1``) into everything it saves, the released ``config.json`` says ``minimax_m1``.
 ORIGINAL_MODEL_TYPES = (*ORIGINAL_ARCHITECTURES.values(), "MiniMaxM1")
 
+#: ``model_type`` -> entry of ``architectures``. vLLM finds the model by any of them and reads the format from the type.
+_ARCHITECTURES = {model_type: name for name, model_type in ORIGINAL_ARCHITECTURES.items()}
+_ARCHITECTURES |= {"MiniMaxM1": _ARCHITECTURES["minimax_m1"], CONVERTED_MODEL_TYPE: "MiniMaxForCausalLM"}
+
+#: What transformers saves besides causal language models. vLLM serves none of these.
+_TRANSFORMERS_ONLY = tuple(
+    name.replace("ForCausalLM", part)
+    for name in ORIGINAL_ARCHITECTURES
+    for part in ("Model", "ForSequenceClassification")
+)
+
 #: ``dtype`` (``torch_dtype`` before transformers 5) of a config -> safetensors dtype.
 _SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-#: Every dtype that safetensors 0.8 knows.
-_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_BITS |= dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
-_BITS |= {"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32}
-_BITS |= {"I64": 64, "U64": 64, "F64": 64, "C64": 64}
+#: Files that hold weights in a format that runs code when it is read, or may.
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-#: The safetensors format allows no larger header; a bigger number means that the file is something else.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing wrong with a checkpoint. ``subject`` is a tensor, a config field or empty (the file as a whole)."""
-
-    file: str
-    subject: str
-    found: str
-    expected: str
-
-    def __str__(self) -> str:
-        where = f"{self.file}: {self.subject}" if self.subject else self.file
-        return f"{where}: found {self.found}, expected {self.expected}"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded. ``faults`` holds every fault; the message has one line for each."""
-
-    def __init__(self, directory: Path, faults: list[Fault]) -> None:
-        self.faults = faults
-        lines = "\n".join(f"  {fault}" for fault in faults)
-        super().__init__(f"checkpoint {directory} has {len(faults)} fault(s):\n{lines}")
+_EXPECTED_NAME = f"the name of a {WEIGHTS_SUFFIX} file in this folder"
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
     """What :func:`check_checkpoint` saw.
 
-    ``notes`` say what was left unchecked and why; ``architecture`` is None where the config is at fault.
+    ``notes`` say what was left unchecked and why; ``architecture`` is None where the config is at fault. ``faults``
+    holds the first 10,000 faults, ``num_faults`` counts all.
     """
 
     directory: Path
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=FaultList)
     notes: list[str] = field(default_factory=list)
     architecture: Architecture | None = None
     num_files: int = 0
@@ -81,6 +91,14 @@ class CheckpointReport:
     def complete(self) -> bool:
         return not self.faults
 
+    @property
+    def num_faults(self) -> int:
+        return count(self.faults)
+
+    def lines(self) -> list[str]:
+        """The faults, those of one kind in one line where they are many."""
+        return summary(self.faults)
+
 
 def check_checkpoint(directory: str | Path) -> CheckpointReport:
     """Check a checkpoint directory against its index and against :mod:`minimax_plugin.architecture`.
@@ -88,17 +106,20 @@ def check_checkpoint(directory: str | Path) -> CheckpointReport:
     Never raises for bad content; every fault is in the report.
     """
     directory = Path(directory)
-    faults: list[Fault] = []
+    faults = FaultList()
     notes: list[str] = []
-    if not directory.is_dir():
-        return CheckpointReport(directory, [Fault(str(directory), "", "no such directory", "a checkpoint directory")])
-    config = _read_json(directory / CONFIG_FILE, faults)
-    architecture = _read_architecture(config, faults) if config is not None else None
+    problem = file_problem(directory)
+    if problem != "a folder":
+        faults.append(Fault(str(directory), "", problem or "a file", "a checkpoint directory"))
+        return CheckpointReport(directory, faults)
+    config = read_json(directory / CONFIG_FILE, faults)
+    architecture = _read_architecture(config, faults, notes) if config is not None else None
+    faults.extend(side_file_faults(directory, vocab_size=architecture.vocab_size if architecture else None))
     expected = _expected_tensors(config, architecture, notes) if config is not None else None
 
     weight_map, index_size = _read_index(directory, faults)
     stored, unreadable = _read_shards(directory, weight_map or {}, faults)
-    total = sum(_nbytes(spec) for spec in stored.values())
+    total = sum(num_bytes(spec) for spec in stored.values())
     if expected is not None and weight_map is not None:
         _compare(weight_map, stored, unreadable, expected, faults)
     if index_size is not None and not faults and index_size != total:
@@ -121,29 +142,72 @@ def require_complete(directory: str | Path) -> CheckpointReport:
         CheckpointError: with one line per fault.
     """
     report = check_checkpoint(directory)
-    if report.faults:
-        raise CheckpointError(report.directory, report.faults)
+    _raise_if(report.faults, report.directory)
     return report
 
 
-def require_sound_files(directory: str | Path) -> None:
+def require_sound_files(directory: str | Path, *, variant: str | None = None) -> None:
     """Check the files of a checkpoint directory against each other, not against any architecture.
 
-    Every shard that the index names is there and whole, and holds the tensors that the index places in it. A path
-    without safetensors files of the usual names (a repository id, another format) is nothing to check.
+    Every shard that the index names lies beside it and is whole, and holds the tensors that the index places in it. A
+    path without safetensors files of the usual names (a repository id, another format) is nothing to check.
+
+    Args:
+        directory: of the files.
+        variant: as transformers puts it into file names, ``model.<variant>.safetensors``.
 
     Raises:
         CheckpointError: with one line per fault.
     """
     directory = Path(directory)
-    if not ((directory / INDEX_FILE).is_file() or (directory / SINGLE_FILE).is_file()):
+    index_file, single_file = _names(variant)
+    if all(file_problem(directory / file) == "no such file" for file in (index_file, single_file)):
         return
-    faults: list[Fault] = []
-    weight_map, _ = _read_index(directory, faults)
+    faults = FaultList()
+    weight_map, _ = _read_index(directory, faults, index_file, single_file)
     if weight_map is not None:
         _read_shards(directory, weight_map, faults)
-    if faults:
-        raise CheckpointError(directory, faults)
+    _raise_if(faults, directory)
+
+
+def require_safetensors(directory: str | Path) -> None:
+    """Refuse a folder without any safetensors file, before a library falls back to reading pickles.
+
+    Raises:
+        CheckpointError: there is none; the message names the pickles that are there instead.
+    """
+    directory = Path(directory)
+    if any(True for _ in directory.glob(f"*{WEIGHTS_SUFFIX}")) or file_problem(directory / INDEX_FILE) is None:
+        return
+    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+    found = f"only {', '.join(pickles[:3])}{' …' if len(pickles) > 3 else ''}" if pickles else "no weights"
+    expected = (
+        f"{INDEX_FILE} or {SINGLE_FILE}: this package reads safetensors alone, because reading a pickle runs code"
+    )
+    raise CheckpointError(directory, [Fault(str(directory), "", found, expected)])
+
+
+def require_sound_index(path: str | Path) -> None:
+    """Check the structure of an index file, wherever it lies, and the names of the shards in it. Opens no shard.
+
+    Raises:
+        CheckpointError: with one line per fault.
+    """
+    path = Path(path)
+    faults = FaultList()
+    content = read_json(path, faults)
+    if content is not None:
+        _parse_index(content, path.name, faults, needs_metadata=True)
+    _raise_if(faults, path.parent)
+
+
+def require_shard_names(names: set[str], source: str | Path) -> None:
+    """Refuse shard names that lead out of the folder or to a file of another format, see :func:`shard_name_problem`.
+
+    Raises:
+        CheckpointError: with one line per fault.
+    """
+    _raise_if(FaultList(_name_faults(names, INDEX_FILE)), source)
 
 
 def read_safetensors_header(path: str | Path) -> dict[str, TensorSpec]:
@@ -154,38 +218,33 @@ def read_safetensors_header(path: str | Path) -> dict[str, TensorSpec]:
     """
     path = Path(path)
     faults: list[Fault] = []
-    header = _read_header(path, faults)
-    if faults:
-        raise CheckpointError(path.parent, faults)
+    header = read_header(path, faults)
+    _raise_if(faults, path.parent)
+    assert header is not None
     return header
 
 
-def _read_json(path: Path, faults: list[Fault]) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        faults.append(Fault(path.name, "", "no such file", f"{path.name} in {path.parent}"))
-        return None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        faults.append(Fault(path.name, "", f"unreadable content ({error})", "a JSON object"))
-        return None
-    if not isinstance(content, dict):
-        faults.append(Fault(path.name, "", f"a JSON {type(content).__name__}", "a JSON object"))
-        return None
-    return content
-
-
-def _read_architecture(config: Mapping[str, Any], faults: list[Fault]) -> Architecture | None:
+def _read_architecture(config: Mapping[str, Any], faults: list[Fault], notes: list[str]) -> Architecture | None:
     model_type = config.get("model_type")
-    if model_type not in (*ORIGINAL_MODEL_TYPES, "minimax"):
-        known = ", ".join((*ORIGINAL_MODEL_TYPES, "minimax"))
-        faults.append(Fault(CONFIG_FILE, "model_type", repr(model_type), f"one of {known}"))
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
+        faults.append(Fault(CONFIG_FILE, "model_type", shown(model_type), f"one of {', '.join(_ARCHITECTURES)}"))
         return None
-    try:
-        return Architecture.from_config(config)
-    except (ValueError, TypeError) as error:
-        faults.append(Fault(CONFIG_FILE, "", f"an impossible architecture ({error})", "a MiniMax-M1 architecture"))
-        return None
+    wrong = config_faults(config)
+    faults.extend(Fault(CONFIG_FILE, "", line) for line in wrong)
+    if not any(line.startswith("architectures") for line in wrong):
+        _check_architectures(config.get("architectures"), _ARCHITECTURES[model_type], faults, notes)
+    return None if wrong else Architecture.from_config(config)
+
+
+def _check_architectures(stated: list[str] | None, expected: str, faults: list[Fault], notes: list[str]) -> None:
+    """vLLM finds the model by ``architectures``, transformers by ``model_type``."""
+    names = set(stated or ())
+    served = names & set(_ARCHITECTURES.values())
+    if not served and names.isdisjoint(_TRANSFORMERS_ONLY):
+        found = shown(stated) if stated else "nothing"
+        faults.append(Fault(CONFIG_FILE, "architectures", found, f"[{expected!r}], by which vLLM finds the model"))
+    elif not served:
+        notes.append(f"architectures is {shown(stated)}: for transformers, vLLM does not serve it")
 
 
 def _expected_tensors(
@@ -194,11 +253,13 @@ def _expected_tensors(
     """Tensors that the config promises, or None with a note where names and shapes follow other rules."""
     if architecture is None:
         return None
-    if config.get("model_type") == "minimax":
+    if config.get("model_type") == CONVERTED_MODEL_TYPE:
         notes.append("model_type 'minimax' (converted -hf format): tensor names and shapes are not checked")
         return None
     if config.get("quantization_config"):
         notes.append("quantization_config is present: tensor names, shapes and dtypes are not checked")
+        return None
+    if set(config.get("architectures") or ()) & set(_TRANSFORMERS_ONLY):
         return None
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     if name not in _SAFETENSORS_DTYPES:
@@ -210,35 +271,72 @@ def _expected_tensors(
     }
 
 
-def _read_index(directory: Path, faults: list[Fault]) -> tuple[dict[str, str] | None, int | None]:
+def _names(variant: str | None) -> tuple[str, str]:
+    """Names of the index and of the single file of one variant, as transformers forms them."""
+    if variant is None:
+        return INDEX_FILE, SINGLE_FILE
+    return f"model.safetensors.index.{variant}.json", f"model.{variant}.safetensors"
+
+
+def _read_index(
+    directory: Path, faults: list[Fault], index_file: str = INDEX_FILE, single_file: str = SINGLE_FILE
+) -> tuple[dict[str, str] | None, int | None]:
     """Tensor name -> file name, and the total size in bytes that the index states (None without an index)."""
-    index_path = directory / INDEX_FILE
-    if not index_path.exists():
-        single = directory / SINGLE_FILE
-        if not single.exists():
-            faults.append(Fault(INDEX_FILE, "", "no such file", f"{INDEX_FILE} or {SINGLE_FILE} in {directory}"))
+    has_single = file_problem(directory / single_file) != "no such file"
+    if file_problem(directory / index_file) == "no such file":
+        if not has_single:
+            faults.append(Fault(index_file, "", "no such file", f"{index_file} or {single_file} in {directory}"))
             return None, None
-        header_faults: list[Fault] = []
-        header = _read_header(single, header_faults)
-        faults.extend(header_faults)
-        return (None, None) if header_faults else (dict.fromkeys(header, SINGLE_FILE), None)
-    index = _read_json(index_path, faults)
-    if index is None:
+        header = read_header(directory / single_file, faults)
+        return None if header is None else dict.fromkeys(header, single_file), None
+    content = read_json(directory / index_file, faults)
+    if content is None:
         return None, None
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        found = f"a {type(weight_map).__name__}" if not isinstance(weight_map, dict) else "entries that are no strings"
-        faults.append(Fault(INDEX_FILE, "weight_map", found, "an object of tensor name -> file name"))
-        return None, None
-    if (directory / SINGLE_FILE).is_file() and SINGLE_FILE not in weight_map.values():
+    weight_map, total_size = _parse_index(content, index_file, faults, needs_metadata=not has_single)
+    if has_single and weight_map is not None and set(weight_map.values()) != {single_file}:
         expected = "one of the two: transformers reads this file and vLLM those of the index"
-        faults.append(Fault(SINGLE_FILE, "", f"it beside {INDEX_FILE}, which does not name it", expected))
+        found = f"it beside {index_file}, which does not name it alone"
+        faults.append(Fault(single_file, "", found, expected))
+    return weight_map, total_size
+
+
+def _parse_index(
+    index: Mapping[str, Any], file: str, faults: list[Fault], *, needs_metadata: bool
+) -> tuple[dict[str, str] | None, int | None]:
+    """The sound part of an index: entries whose files may be opened, and the total size if it is a number."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        found = f"a {type(weight_map).__name__}" if not isinstance(weight_map, dict) else "entries that are no strings"
+        faults.append(Fault(file, "weight_map", found, "an object of tensor name -> file name"))
+        return None, None
+    if not weight_map:
+        faults.append(Fault(file, "weight_map", "no tensors", "all tensors of the model"))
+    refused = {name for name in set(weight_map.values()) if shard_name_problem(name) is not None}
+    faults.extend(_name_faults(refused, file))
     metadata = index.get("metadata")
-    total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(metadata, dict):
+        if metadata is not None or needs_metadata:
+            faults.append(Fault(file, "metadata", shown(metadata), "an object, which transformers reads"))
+        metadata = {}
+    wrong_dtype = field_fault("dtype", metadata.get("dtype"))
+    if wrong_dtype is not None:
+        faults.append(Fault(file, "metadata", wrong_dtype))
+    total_size = metadata.get("total_size")
     if total_size is not None and (not isinstance(total_size, int | float) or total_size != total_size // 1):
-        faults.append(Fault(INDEX_FILE, "metadata.total_size", repr(total_size), "a number of bytes"))
+        faults.append(Fault(file, "metadata.total_size", shown(total_size), "a number of bytes"))
         total_size = None
-    return weight_map, total_size if total_size is None else int(total_size)
+    sound = {name: shard for name, shard in weight_map.items() if shard not in refused} if refused else weight_map
+    return sound, None if total_size is None else int(total_size)
+
+
+def _name_faults(names: set[str], file: str) -> list[Fault]:
+    problems = {name: shard_name_problem(name) for name in sorted(names)}
+    kind = f"of {len(names):,} shard names are refused"
+    return [
+        Fault(file, f"shard {shown(name)}", problem, _EXPECTED_NAME, kind)
+        for name, problem in problems.items()
+        if problem
+    ]
 
 
 def _read_shards(
@@ -251,20 +349,21 @@ def _read_shards(
     for name, file in weight_map.items():
         names_by_file.setdefault(file, []).append(name)
     for file in sorted(names_by_file):
-        shard_faults: list[Fault] = []
-        header = _read_header(directory / file, shard_faults)
-        if shard_faults:
+        header = read_header(directory / file, faults, num_shards=len(names_by_file))
+        if header is None:
             unreadable.add(file)
-            faults.extend(shard_faults)
             continue
         for name in names_by_file[file]:
             if name in header:
                 stored[name] = header[name]
             else:
-                faults.append(Fault(file, f"tensor {name}", "no such tensor", f"it here, as {INDEX_FILE} says"))
+                expected = f"it here, as {INDEX_FILE} says"
+                kind = "tensors are not where the index says"
+                faults.append(Fault(file, f"tensor {name}", "no such tensor", expected, kind))
         for name in sorted(header.keys() - names_by_file[file]):
             found = f"it here, but {INDEX_FILE} places it in {weight_map.get(name, 'no file')}"
-            faults.append(Fault(file, f"tensor {name}", found, "the file that the index names"))
+            kind = "tensors are where the index does not place them"
+            faults.append(Fault(file, f"tensor {name}", found, "the file that the index names", kind))
     return stored, unreadable
 
 
@@ -275,72 +374,24 @@ def _compare(
     expected: Mapping[str, TensorSpec],
     faults: list[Fault],
 ) -> None:
+    def fault(file: str, name: str, found: str, wanted: str, kind: str) -> None:
+        faults.append(Fault(file, f"tensor {name}", found, wanted, f"of {len(expected):,} tensors {kind}"))
+
     for name, spec in expected.items():
         if name not in weight_map:
-            faults.append(Fault(INDEX_FILE, f"tensor {name}", "no such tensor", f"{spec.dtype} {list(spec.shape)}"))
+            fault(INDEX_FILE, name, "no such tensor", f"{spec.dtype} {list(spec.shape)}", "missing")
         elif weight_map[name] not in unreadable and name in stored:
             found = stored[name]
             if found.shape != spec.shape:
-                faults.append(
-                    Fault(weight_map[name], f"tensor {name}", f"shape {list(found.shape)}", str(list(spec.shape)))
-                )
+                fault(weight_map[name], name, f"shape {list(found.shape)}", str(list(spec.shape)), "of another shape")
             if found.dtype != spec.dtype:
-                faults.append(Fault(weight_map[name], f"tensor {name}", f"dtype {found.dtype}", spec.dtype))
+                fault(weight_map[name], name, f"dtype {found.dtype}", spec.dtype, "of another dtype")
+    kind = "unknown tensors"
     for name in sorted(stored.keys() - expected.keys()):
-        faults.append(
-            Fault(weight_map[name], f"tensor {name}", "an unknown tensor", "only tensors of the architecture")
-        )
+        wanted = "only tensors of the architecture"
+        faults.append(Fault(weight_map[name], f"tensor {name}", "an unknown tensor", wanted, kind))
 
 
-def _read_header(path: Path, faults: list[Fault]) -> dict[str, TensorSpec]:
-    """The header of one safetensors file; on any fault, one entry in ``faults`` and an empty result."""
-
-    def fault(found: str, expected: str) -> dict[str, TensorSpec]:
-        faults.append(Fault(path.name, "", found, expected))
-        return {}
-
-    if not path.is_file():
-        return fault("no such file", f"a safetensors file in {path.parent}")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        if prefix == b"version ":
-            return fault(f"a Git LFS pointer of {size} bytes", "the file itself (git lfs pull, or download it again)")
-        if len(prefix) < 8:
-            return fault(f"{size} bytes", "a safetensors file of at least 8 bytes (download it again)")
-        (header_size,) = struct.unpack("<Q", prefix)
-        if header_size > _MAX_HEADER_BYTES:
-            return fault(f"a header of {header_size} bytes", "a safetensors file")
-        raw = stream.read(header_size)
-    if len(raw) < header_size:
-        return fault(f"{size} bytes", f"at least {8 + header_size} bytes: the file is truncated (download it again)")
-    try:
-        tensors, end = _parse_header(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return fault(f"a header that cannot be read ({error})", "a safetensors header")
-    if size != 8 + header_size + end:
-        state = "truncated" if size < 8 + header_size + end else "longer than its header says"
-        return fault(f"{size} bytes", f"{8 + header_size + end} bytes: the file is {state} (download it again)")
-    return tensors
-
-
-def _parse_header(raw: bytes) -> tuple[dict[str, TensorSpec], int]:
-    """Tensors of a safetensors header and the length of the data section that it describes."""
-    tensors: dict[str, TensorSpec] = {}
-    end = 0
-    for name, entry in json.loads(raw).items():
-        if name == "__metadata__":
-            continue
-        begin, stop = entry["data_offsets"]
-        spec = TensorSpec(tuple(entry["shape"]), entry["dtype"])
-        if stop - begin != _nbytes(spec):
-            raise ValueError(f"tensor {name} of {spec.dtype} {list(spec.shape)} takes {stop - begin} bytes")
-        tensors[name] = spec
-        end = max(end, stop)
-    return tensors, end
-
-
-def _nbytes(spec: TensorSpec) -> int:
-    if spec.dtype not in _BITS:
-        raise ValueError(f"unknown safetensors dtype {spec.dtype!r}")
-    return math.prod(spec.shape) * _BITS[spec.dtype] // 8
+def _raise_if(faults: list[Fault], source: str | Path) -> None:
+    if faults:
+        raise CheckpointError(source, faults)

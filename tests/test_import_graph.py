@@ -25,7 +25,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_rules": set(),
     "config_fields": {"config_rules"},
     "architecture": {"config_fields"},
-    "checkpoint": {"architecture", "config_fields"},
+    "faults": set(),
+    "checkpoint_files": {"architecture", "config_rules", "faults"},
+    "side_files": {"checkpoint_files", "config_fields", "config_rules", "faults"},
+    "checkpoint": {"architecture", "checkpoint_files", "config_fields", "config_rules", "faults", "side_files"},
     "templates": set(),
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},
@@ -43,6 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         "architecture",
         "checkpoint",
+        "side_files",
+        "faults",
         "templates",
         "planner",
         "cispo",
@@ -54,7 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 #: Libraries that a component must not import at all.
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "architecture": {"torch", "transformers", "vllm", "triton", "safetensors"},
-    "checkpoint": {"torch", "transformers", "vllm", "triton", "safetensors"},
+    **dict.fromkeys(
+        ("checkpoint", "checkpoint_files", "side_files", "faults"),
+        {"torch", "transformers", "vllm", "triton", "safetensors"},
+    ),
     "kernels": {"transformers", "vllm"},
     "state_cache": {"transformers", "vllm", "triton"},
     "hf_modeling": {"vllm"},
