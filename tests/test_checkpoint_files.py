@@ -151,7 +151,7 @@ def test_headers_against_the_format(case: str, tmp_path: Path) -> None:
 def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     """A header in any order with data of any of the dtypes behind it, and the length of the data."""
     tensors, end = {}, 0
-    for name in draw(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), unique=True, max_size=4)):
+    for name in draw(st.lists(st.text(st.characters(codec="utf-8"), max_size=6), unique=True, min_size=1, max_size=4)):
         if name == "__metadata__":
             continue
         dtype, shape = draw(st.sampled_from(sorted(BITS))), draw(st.lists(st.integers(0, 3), max_size=3))
@@ -189,12 +189,12 @@ def mutate(data: st.DataObject, header: dict[str, Any], name: str) -> None:
     """Change one value, most often into one that is almost right: the same number in another type, a shifted range."""
     tensor = header[name]
     begin, stop = tensor["data_offsets"]
-    place = data.draw(st.sampled_from(["shift", "retype", "retype", "length", "metadata", *tensor]))
+    place = data.draw(st.sampled_from(["shift"] * 4 + ["retype"] * 4 + ["length", "metadata", *tensor]))
     if place == "shift":
-        by = data.draw(st.sampled_from([-8, -4, -1, 1, 4, 8]))
+        by = data.draw(st.sampled_from([-1, 1, 4]))
         tensor["data_offsets"] = [begin + by, stop + by]
     elif place == "retype":
-        numbers = data.draw(st.sampled_from([tensor["data_offsets"], tensor["shape"] or tensor["data_offsets"]]))
+        numbers = data.draw(st.sampled_from([tensor["shape"] or tensor["data_offsets"], tensor["data_offsets"]]))
         position = data.draw(st.integers(0, len(numbers) - 1))
         number = numbers[position]
         others: list[Any] = [float(number), str(number), -number, [number], *([bool(number)] if number < 2 else [])]
