@@ -166,7 +166,7 @@ def sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     return {name: tensors[name] for name in draw(st.permutations(list(tensors)))}, end
 
 
-SCALARS = st.one_of(
+SCALARS: st.SearchStrategy[Any] = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-3, 20),
@@ -174,7 +174,9 @@ SCALARS = st.one_of(
     st.floats(),
     st.sampled_from(["", "F32", "bf16", "BF16", "F4", "0", "__metadata__", "dtype"]),
 )
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+VALUES: st.SearchStrategy[Any] = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+)
 
 
 @given(sound_headers())
@@ -278,8 +280,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
-    found = {name: file_problem(tmp_path / name) for name in ("pipe", "dangling", "circle", "file", "link", "none")}
-    assert found.pop("circle", "").startswith("a file that cannot be looked at (")
+    assert str(file_problem(tmp_path / "circle")).startswith("a file that cannot be looked at (")
+    found = {name: file_problem(tmp_path / name) for name in ("pipe", "dangling", "file", "link", "none")}
     assert found == {
         "pipe": "no regular file",
         "dangling": "a link that leads nowhere",
