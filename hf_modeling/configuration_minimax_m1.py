@@ -3,19 +3,30 @@
 
 Field names are those of the released ``config.json``. What transformers and vLLM expect under other names is derived:
 ``layer_types`` from ``attn_type_list``, ``rope_parameters`` from ``rope_theta`` and ``rotary_dim``, ``num_experts``
-from ``num_local_experts``. All sizes are checked by :class:`minimax_plugin.architecture.Architecture`.
+from ``num_local_experts``.
+
+Every value is checked by :mod:`minimax_plugin.config_fields`: a single one when it is assigned, fields against each
+other when a config is built or read from a file and when a model is built from it. The ``@strict`` of
+``huggingface_hub`` is not used: it knows no ranges, takes a boolean for a number and raises no ``ValueError``.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from minimax_plugin.architecture import Architecture, codes_from_layer_types, layer_types_from_codes, rotary_factor
+from minimax_plugin.config_fields import (
+    DEFAULT_MAX_POSITIONS,
+    DEFAULT_RMS_NORM_EPS,
+    DEFAULT_ROPE_THETA,
+    head_dim_of,
+    require_field,
+    require_sound,
+    rotary_dim_of,
+)
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_PLAN
 
 #: One softmax layer after every seven lightning layers in the released models.
@@ -26,11 +37,19 @@ LIGHTNING_NORM_STYLE = "minimax_lightning_norm"
 
 _ALIGNED_FIELDS = ("num_hidden_layers", "head_dim", "rotary_dim")
 
-#: How the logits are computed: in fp32, or in the dtype of the model.
-_HEAD_DTYPES = ("float32", "model")
+#: Fields that hold a value once the config is built, though they may be built from None.
+_RESOLVED_FIELDS = (
+    "num_key_value_heads",
+    "head_dim",
+    "rotary_dim",
+    "attn_type_list",
+    "rope_parameters",
+)
+
+#: Attributes of the class that a key of config.json must not replace, besides its methods.
+_CLASS_TABLES = ("attribute_map", "sub_configs", "base_config_key", "has_no_defaults_at_init")
 
 
-@strict
 class MiniMaxM1Config(PreTrainedConfig):
     """Configuration of a MiniMax-M1 model; the sizes default to those of the released model.
 
@@ -59,7 +78,7 @@ class MiniMaxM1Config(PreTrainedConfig):
     #: TRL reads the attribute of any config. Empty, as no code file belongs to this class; None breaks transformers.
     auto_map: ClassVar[dict[str, str]] = {}
     #: RoPE base of the released configuration class, used where config.json states none.
-    default_theta = 1_000_000.0
+    default_theta = DEFAULT_ROPE_THETA
 
     # Every matrix is split over the ranks, attention of both kinds by heads.
     base_model_tp_plan = {
@@ -94,9 +113,9 @@ class MiniMaxM1Config(PreTrainedConfig):
     num_key_value_heads: int | Any = 8
     head_dim: int | Any = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 10_240_000
+    max_position_embeddings: int = DEFAULT_MAX_POSITIONS
     initializer_range: float = 0.02
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = DEFAULT_RMS_NORM_EPS
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -128,16 +147,19 @@ class MiniMaxM1Config(PreTrainedConfig):
         # pipeline would run those of a folder.
         kwargs.pop("auto_map", None)
         kwargs.pop("custom_pipelines", None)
-        self._resolve_layers(kwargs.pop("layer_types", None))
+        _check_names(type(self), kwargs)
+        for name, value in kwargs.items():
+            require_field(name, value)
+        self._take_num_experts(kwargs.pop("num_experts", None))
+        if self.attn_type_list is None:
+            self.attn_type_list = self._pattern(kwargs.get("layer_types"))
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
-        if self.rotary_dim is None:
-            factor = (self.rope_parameters or {}).get("partial_rotary_factor", kwargs.get("partial_rotary_factor"))
-            self.rotary_dim = self.head_dim if factor is None else round(self.head_dim * factor)
-        self.shared_intermediate_size = self.shared_intermediate_size or 0
-        self.check()
+        fields = self.__dict__ | kwargs
+        require_sound(fields)
+        kwargs.pop("layer_types", None)
+        self.head_dim = head_dim_of(fields)
+        self.rotary_dim = rotary_dim_of(fields)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -145,9 +167,10 @@ class MiniMaxM1Config(PreTrainedConfig):
         """Build from the contents of a ``config.json``.
 
         Raises:
-            ValueError: a key that states the size of the model is absent, or a value is out of range.
+            ValueError: a key that states the size of the model is absent, or a value has a wrong type, sign or range.
         """
-        Architecture.from_config(config_dict)
+        _check_names(cls, config_dict)
+        require_sound(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> Architecture:
@@ -156,25 +179,12 @@ class MiniMaxM1Config(PreTrainedConfig):
         Raises:
             ValueError: see the class.
         """
-        architecture = Architecture.from_config(self)
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected 'silu', the only activation of this family")
-        if self.sliding_window is not None:
-            raise ValueError(f"sliding_window is {self.sliding_window!r}, expected null: softmax layers see everything")
-        if self.head_dtype not in _HEAD_DTYPES:
-            raise ValueError(f"head_dtype is {self.head_dtype!r}, expected 'float32' or 'model' (that of the weights)")
-        if not self.rms_norm_eps > 0:
-            raise ValueError(f"rms_norm_eps is {self.rms_norm_eps!r}, expected a positive number")
-        for name in ("attention_dropout", "router_jitter_noise"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected 0 <= {name} < 1")
-        for part in ("full_attention", "linear_attention", "mlp"):
-            for factor in ("alpha", "beta"):
-                name = f"layernorm_{part}_{factor}"
-                if not math.isfinite(getattr(self, name)):
-                    raise ValueError(f"{name} is {getattr(self, name)!r}, expected a finite number")
-        self._check_rope()
-        return architecture
+        for name in _RESOLVED_FIELDS:
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"{name} is None, expected a value: only a config that is being built may leave it out"
+                )
+        return Architecture.from_config(self)
 
     @property
     def layer_types(self) -> list[str]:
@@ -198,29 +208,23 @@ class MiniMaxM1Config(PreTrainedConfig):
         self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": value}
 
     def __setattr__(self, key: str, value: Any) -> None:
+        if not (key in _RESOLVED_FIELDS and value is None):
+            require_field(key, value)
         if key == "rope_parameters":
             value = self._completed(value)
+        elif key == "shared_intermediate_size":
+            value = value or 0
         super().__setattr__(key, value)
         if key in _ALIGNED_FIELDS:
             self._align(key)
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Put ``rope_theta`` and the rotated share of the head into ``rope_parameters``, the only place vLLM reads.
-
-        Raises:
-            ValueError: ``rope_parameters`` and ``rotary_dim`` contradict each other.
-        """
+        """Put ``rope_theta`` and the rotated share of the head into ``rope_parameters``, the only place vLLM reads."""
         # Copied because the caller's dictionary would be completed in place.
         self.rope_parameters = dict(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
-        theta = self.rope_parameters.get("rope_theta", kwargs.get("rope_theta"))
-        if theta != kwargs.get("rope_theta", theta):
-            raise ValueError(
-                f"rope_parameters['rope_theta'] = {theta} contradicts rope_theta = {kwargs['rope_theta']}; state one"
-            )
         kwargs["partial_rotary_factor"] = self._rotary_factor()
         kwargs = super().convert_rope_params_to_dict(**kwargs)
         kwargs.pop("partial_rotary_factor", None)
-        self._check_rope()
         self.rope_parameters["partial_rotary_factor"] = self._rotary_factor()
         return kwargs
 
@@ -234,42 +238,32 @@ class MiniMaxM1Config(PreTrainedConfig):
         output["layer_types"] = self.layer_types
         return output
 
-    def _resolve_layers(self, layer_types: list[str] | None) -> None:
-        if self.attn_type_list is None:
-            if layer_types is None:
-                period = RELEASED_PERIOD
-                self.attn_type_list = [int(i % period == period - 1) for i in range(max(self.num_hidden_layers, 0))]
-            else:
-                self.attn_type_list = codes_from_layer_types(layer_types)
-        elif layer_types is not None and codes_from_layer_types(layer_types) != list(self.attn_type_list):
-            raise ValueError(f"layer_types = {layer_types} contradicts attn_type_list = {self.attn_type_list}")
+    def _take_num_experts(self, num_experts: int | None) -> None:
+        experts = self.num_local_experts
+        if num_experts not in (None, experts):
+            if experts != type(self).num_local_experts:
+                raise ValueError(f"num_experts = {num_experts} contradicts num_local_experts = {experts}; state one")
+            self.num_local_experts = num_experts
+
+    def _pattern(self, layer_types: list[str] | None) -> list[int]:
+        if layer_types is not None:
+            return codes_from_layer_types(layer_types)
+        return [int(i % RELEASED_PERIOD == RELEASED_PERIOD - 1) for i in range(self.num_hidden_layers)]
 
     def _rotary_factor(self) -> float:
         return rotary_factor(self.rotary_dim, self.head_dim)
 
-    def _check_rope(self) -> None:
-        parameters = self.rope_parameters or {}
-        if not {"rope_type", "partial_rotary_factor"} <= parameters.keys():
-            return  # Not completed yet.
-        known = ("default", *ROPE_INIT_FUNCTIONS)
-        if parameters["rope_type"] not in known:
-            raise ValueError(f"rope_type is {parameters['rope_type']!r}, expected one of {', '.join(known)}")
-        stated = parameters["partial_rotary_factor"]
-        if round(stated * self.head_dim) != self.rotary_dim:
-            raise ValueError(
-                f"rope_parameters['partial_rotary_factor'] = {stated} rotates {round(stated * self.head_dim)} of "
-                f"{self.head_dim} dimensions, but rotary_dim = {self.rotary_dim}; state one of them"
-            )
-
     def _completed(self, rope_parameters: Any) -> Any:
         """Other rotary parameters for a finished config, with what they leave out taken from the present ones.
 
-        Without the rotated share of the head the scaled variants of transformers would rotate all of it.
+        None and an empty dictionary end a scaling. Without the rotated share of the head the scaled variants of
+        transformers would rotate all of it.
         """
         present = self.__dict__.get("rope_parameters") or {}
         kept = {key: present[key] for key in ("rope_theta", "partial_rotary_factor") if key in present}
-        if not isinstance(rope_parameters, dict) or len(kept) < 2:
+        if len(kept) < 2:
             return rope_parameters
+        rope_parameters = rope_parameters or {}
         return {"rope_type": rope_parameters.get("type", "default")} | kept | rope_parameters
 
     def _align(self, key: str) -> None:
@@ -283,20 +277,29 @@ class MiniMaxM1Config(PreTrainedConfig):
             codes = fields.get("attn_type_list")
             if codes and fields[key] < len(codes):
                 self.attn_type_list = codes[: fields[key]]
-        elif not (fields.get("rotary_dim") and fields.get("head_dim")):
-            return  # Not resolved yet, or refused by check().
-        elif (fields.get("rope_parameters") or {}).get("partial_rotary_factor") is not None:
+            return
+        head_dim, rotary_dim = fields.get("head_dim"), fields.get("rotary_dim")
+        stated = (fields.get("rope_parameters") or {}).get("partial_rotary_factor")
+        # More rotated dimensions than a head has stay for check(): the other of the two may be assigned next.
+        if stated is not None and head_dim and rotary_dim and rotary_dim <= head_dim:
             self.rope_parameters = {**fields["rope_parameters"], "partial_rotary_factor": self._rotary_factor()}
 
 
-@strict
+def _check_names(config_class: type[MiniMaxM1Config], names: Iterable[str]) -> None:
+    """Refuse keys that would replace a part of the class: a method, a table that it works by, a computed value."""
+    for name in names:
+        held = getattr(config_class, name, None) if isinstance(name, str) else None
+        computed = isinstance(held, property) and held.fset is None
+        if name == "self" or name in _CLASS_TABLES or callable(held) or computed or str(name).startswith("__"):
+            raise ValueError(f"{name} is a key of the config, expected no key of this name: the config class uses it")
+
+
 class MiniMaxText01Config(MiniMaxM1Config):
     """Configuration of MiniMax-Text-01: the same architecture under the model type ``minimax_text_01``."""
 
     model_type = "minimax_text_01"
 
 
-@strict
 class MiniMaxM1ResavedConfig(MiniMaxM1Config):
     """Reads ``MiniMaxM1``, the model type that the released configuration class writes when it saves.
 

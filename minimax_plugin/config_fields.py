@@ -33,8 +33,10 @@ from minimax_plugin.config_rules import (
 #: How the output of a shared expert is mixed in, by ``shared_moe_mode``.
 SHARED_MOE_MODES = ("sigmoid", "softmax")
 
-#: RoPE base of the released configuration class, used where a config states none.
+#: Values of the released configuration class, used where a config states none.
 DEFAULT_ROPE_THETA = 1_000_000.0
+DEFAULT_RMS_NORM_EPS = 1e-5
+DEFAULT_MAX_POSITIONS = 10_240_000
 
 #: ``model_type`` of the converted checkpoints whose names end in ``-hf``.
 CONVERTED_MODEL_TYPE = "minimax"
@@ -246,6 +248,11 @@ def _rotary_fault(fields: Mapping[str, Any]) -> str | None:
     if not 0 < head_dim <= MAX_HEAD_DIM:
         sizes = f"hidden_size = {fields['hidden_size']} and num_attention_heads = {fields['num_attention_heads']}"
         return f"head_dim is absent and {head_dim:,} by {sizes}, expected 1 to {MAX_HEAD_DIM:,}"
+    if rotary_dim > head_dim:
+        return f"rotary_dim = {rotary_dim} exceeds head_dim = {head_dim}"
+    if rotary_dim % 2 or rotary_dim == 0:
+        kind = "odd" if rotary_dim else "zero"
+        return f"rotary_dim = {rotary_dim} is {kind}, expected an even number (pairs are rotated)"
     for name, factor in _rotary_factors(fields):
         rotated = round(factor * head_dim)
         if rotated != rotary_dim:
@@ -253,11 +260,6 @@ def _rotary_fault(fields: Mapping[str, Any]) -> str | None:
                 f"{name} = {factor} rotates {rotated} of {head_dim} dimensions, but rotary_dim = {rotary_dim}; "
                 "state one of them"
             )
-    if rotary_dim > head_dim:
-        return f"rotary_dim = {rotary_dim} exceeds head_dim = {head_dim}"
-    if rotary_dim % 2 or rotary_dim == 0:
-        kind = "odd" if rotary_dim else "zero"
-        return f"rotary_dim = {rotary_dim} is {kind}, expected an even number (pairs are rotated)"
     rope_name, rope = stated_rope(fields)
     for name in ("short_factor", "long_factor"):
         if name in rope and len(rope[name]) != rotary_dim // 2:
@@ -412,6 +414,10 @@ _TRANSFORMERS_FIELDS: dict[str, Rule] = {
         "0: experts run on whole sequences", lambda value: is_integer(value) and value == 0
     ),
     "per_layer_config": expect("null: all layers have the same sizes", lambda value: value is None),
+    **dict.fromkeys(
+        ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"),
+        or_null(instance("a string", str, Mapping)),
+    ),
     "quantization_config": or_null(
         expect("an object", lambda value: isinstance(value, Mapping) or hasattr(value, "to_dict"))
     ),

@@ -32,8 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "templates": set(),
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},
-    "hf_modeling": {"state_cache", "kernels", "architecture", "checkpoint", "templates"},
-    "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "templates"},
+    "hf_modeling": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates"},
+    "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates"},
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
     "__main__": {"cli"},

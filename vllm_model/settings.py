@@ -3,11 +3,21 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from minimax_plugin.architecture import Architecture, LayerType, rotary_factor
+from minimax_plugin.config_fields import (
+    CONVERTED_FACTORS,
+    CONVERTED_MODEL_TYPE,
+    DEFAULT_MAX_POSITIONS,
+    DEFAULT_RMS_NORM_EPS,
+    DEFAULT_ROPE_THETA,
+    RESIDUAL_FACTORS,
+    fields_of,
+    stated_rope,
+)
 
 
 @dataclass(frozen=True)
@@ -51,27 +61,30 @@ class ModelSettings:
         Raises:
             ValueError: a value that no such model can have; the message names the field.
         """
-        architecture = Architecture.from_config(config)
-        converted = config.model_type == "minimax"
-        names = ("linear_attn", "full_attn", "mlp") if converted else ("linear_attention", "full_attention", "mlp")
-        linear, full, mlp = (_factors(config, name, converted) for name in names)
-        rope_parameters = dict(config.rope_parameters)
-        rope_parameters["partial_rotary_factor"] = rotary_factor(architecture.rotary_dim, architecture.head_dim)
+        fields = fields_of(config)
+        architecture = Architecture.from_config(fields)
+        converted = fields.get("model_type") == CONVERTED_MODEL_TYPE
+        names = CONVERTED_FACTORS if converted else RESIDUAL_FACTORS
+        factors = [float(fields.get(name, 1.0)) for name in names]
+        linear, full, mlp = (ResidualFactors(*factors[i : i + 2]) for i in (0, 2, 4))
+        max_position = fields.get("max_position_embeddings", DEFAULT_MAX_POSITIONS)
         return cls(
             architecture=architecture,
             attention_factors={"linear_attention": linear, "full_attention": full},
             mlp_factors=mlp,
-            postnorm=bool(getattr(config, "postnorm", converted)),
-            rms_norm_eps=config.rms_norm_eps,
-            rope_parameters=rope_parameters,
-            max_position=config.max_position_embeddings,
+            postnorm=fields.get("postnorm", converted),
+            rms_norm_eps=fields.get("rms_norm_eps", DEFAULT_RMS_NORM_EPS),
+            rope_parameters=_rope_parameters(fields, architecture, max_position),
+            max_position=max_position,
         )
 
 
-def _factors(config: Any, name: str, converted: bool) -> ResidualFactors:
-    keys = [f"{name}_{kind}_factor" if converted else f"layernorm_{name}_{kind}" for kind in ("alpha", "beta")]
-    alpha, beta = (getattr(config, key, 1.0) for key in keys)
-    for key, value in zip(keys, (alpha, beta), strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{key} is {value!r}, expected a finite number")
-    return ResidualFactors(float(alpha), float(beta))
+def _rope_parameters(fields: Mapping[str, Any], architecture: Architecture, max_position: int) -> dict[str, Any]:
+    _, stated = stated_rope(fields)
+    defaults: dict[str, Any] = {"rope_type": stated.get("type", "default")}
+    defaults["rope_theta"] = fields.get("rope_theta", DEFAULT_ROPE_THETA)
+    rope_parameters = {**defaults, **stated}
+    rope_parameters["partial_rotary_factor"] = rotary_factor(architecture.rotary_dim, architecture.head_dim)
+    if rope_parameters["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope_parameters.setdefault("original_max_position_embeddings", max_position)
+    return rope_parameters
