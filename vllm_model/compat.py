@@ -33,6 +33,7 @@ __all__ = [
     "MambaBase",
     "MambaHybridModelState",
     "MambaStateCopyFuncCalculator",
+    "add_config_check",
     "add_splitting_op",
     "copies_whole_pages",
     "eager_during_capture",
@@ -123,6 +124,22 @@ def add_splitting_op(name: str) -> None:
 
     if name not in CompilationConfig._attention_ops:
         CompilationConfig._attention_ops.append(name)
+
+
+def add_config_check(architecture: str, check: Callable[[VllmConfig], None]) -> None:
+    """Run ``check`` on every engine configuration of this architecture before vLLM changes any of it.
+
+    ``MODELS_CONFIG_MAP`` is private and has no public counterpart (0.31 to 0.33). It is read before the platform is
+    asked, which on a CPU with AVX-512 BF16 swallows what a model class raises about its state and changes the option.
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+    class ConfigCheck(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: VllmConfig) -> None:
+            check(vllm_config)
+
+    MODELS_CONFIG_MAP[architecture] = ConfigCheck
 
 
 def require_splitting_op(vllm_config: VllmConfig, name: str) -> None:

@@ -41,14 +41,14 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, WHY_FP32_STATE, Architecture
+from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, Architecture
 from minimax_plugin.checkpoint import require_sound_files
 from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
 from minimax_plugin.vllm_model.compat import MambaStateCopyFuncCalculator
 from minimax_plugin.vllm_model.experts import SharedExpert, SharedExpertCoefficient, SparseExperts
 from minimax_plugin.vllm_model.lightning import LightningAttention
-from minimax_plugin.vllm_model.settings import ModelSettings
+from minimax_plugin.vllm_model.settings import ModelSettings, require_fp32_state
 from minimax_plugin.vllm_model.weights import NAME_MAPPER, WeightLedger
 
 if TYPE_CHECKING:
@@ -214,15 +214,7 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         Raises:
             ValueError: the command line asks for another dtype.
         """
-        cache = vllm_config.cache_config
-        for flag, dtype in (
-            ("--mamba-cache-dtype", cache.mamba_cache_dtype),
-            ("--mamba-ssm-cache-dtype", cache.mamba_ssm_cache_dtype),
-        ):
-            if dtype not in ("auto", "float32"):
-                raise ValueError(
-                    f"{flag} is {dtype!r}, expected 'auto' or 'float32': {WHY_FP32_STATE}; leave {flag} out"
-                )
+        require_fp32_state(vllm_config.cache_config)
         return (torch.float32,)
 
     @classmethod

@@ -8,6 +8,10 @@ it is idempotent, touches no device and imports no model code.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 
@@ -35,5 +39,12 @@ def register() -> None:
     compat.add_splitting_op(compat.LIGHTNING_OP)
     for architecture, path in MODEL_CLASSES.items():
         ModelRegistry.register_model(architecture, path)
+        compat.add_config_check(architecture, _check_engine_config)
     _registered = True
     logger.debug("registered %s with vLLM", ", ".join(MODEL_CLASSES))
+
+
+def _check_engine_config(vllm_config: VllmConfig) -> None:
+    from minimax_plugin.vllm_model.settings import require_fp32_state
+
+    require_fp32_state(vllm_config.cache_config)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minimax_plugin.architecture import Architecture, LayerType, rotary_factor
+from minimax_plugin.architecture import WHY_FP32_STATE, Architecture, LayerType, rotary_factor
 from minimax_plugin.config_fields import (
     CONVERTED_FACTORS,
     CONVERTED_MODEL_TYPE,
@@ -77,6 +77,20 @@ class ModelSettings:
             rope_parameters=_rope_parameters(fields, architecture, max_position),
             max_position=max_position,
         )
+
+
+def require_fp32_state(cache_config: Any) -> None:
+    """Refuse a recurrent state of another dtype; ``cache_config`` is vLLM's.
+
+    Raises:
+        ValueError: the command line asks for another dtype.
+    """
+    for flag, dtype in (
+        ("--mamba-cache-dtype", cache_config.mamba_cache_dtype),
+        ("--mamba-ssm-cache-dtype", cache_config.mamba_ssm_cache_dtype),
+    ):
+        if dtype not in ("auto", "float32"):
+            raise ValueError(f"{flag} is {dtype!r}, expected 'auto' or 'float32': {WHY_FP32_STATE}; leave {flag} out")
 
 
 def _rope_parameters(fields: Mapping[str, Any], architecture: Architecture, max_position: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import tiny_config, write_checkpoint
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -45,7 +46,8 @@ def test_registration_is_cheap_and_imports_no_model_code() -> None:
     once, twice, *imported = result.stdout.splitlines()[-1].split()
     # vLLM calls it in each of its processes: the work is one entry per class, done once, and no library is imported.
     assert int(once) == int(twice) == len(MODEL_CLASSES)
-    assert imported == [f"minimax_plugin.vllm_model{name}" for name in ("", ".compat", ".registration")]
+    own = [f"minimax_plugin.vllm_model{name}" for name in ("", ".compat", ".registration")]
+    assert imported == [*own, "vllm.model_executor.models.config"]
 
 
 def test_architectures_are_registered_lazily_by_package() -> None:
@@ -56,6 +58,22 @@ def test_architectures_are_registered_lazily_by_package() -> None:
     for path in MODEL_CLASSES.values():
         # A module path would let vLLM keep what it cached about a class whose base class has changed.
         assert path.partition(":")[0] == "minimax_plugin.vllm_model"
+
+
+@pytest.mark.parametrize("flag", ["mamba_cache_dtype", "mamba_ssm_cache_dtype"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_smaller_state_is_refused_before_vllm_changes_the_option(
+    flag: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU with AVX-512 BF16 vLLM swallows the refusal of the model class and puts float32 in its place."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    register()
+    model = write_checkpoint(tmp_path, tiny_config())
+    args = EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=64, **{flag: dtype})
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} is '{dtype}', expected 'auto' or 'float32'"):
+        args.create_engine_config()
 
 
 def test_capabilities_that_vllm_reads_from_the_class() -> None:
