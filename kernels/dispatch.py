@@ -22,13 +22,13 @@ def lightning_backend(device: torch.device) -> str:
     """Backend that serves tensors on ``device``: "triton" or "torch".
 
     CUDA and ROCm devices get the Triton kernels where Triton is installed, everything else the chunk loop of
-    :mod:`minimax_plugin.kernels.reference`. ``MINIMAX_LIGHTNING_BACKEND=torch|triton`` forces one.
+    :mod:`minimax_plugin.kernels.reference`. ``MINIMAX_LIGHTNING_BACKEND=torch|triton`` forces one; empty is unset.
 
     Raises:
         RuntimeError: the variable forces the kernels where they cannot run.
         ValueError: the variable holds another word.
     """
-    forced = os.environ.get(BACKEND_VARIABLE, "auto")
+    forced = os.environ.get(BACKEND_VARIABLE) or "auto"
     if forced not in BACKENDS:
         raise ValueError(f"{BACKEND_VARIABLE} is {forced!r}, expected 'auto', 'torch' or 'triton'")
     if forced == "torch":

@@ -50,6 +50,14 @@ class Tiles:
     stages: int = 2
 
 
+#: Values that the fields of :class:`Tiles` may have: what matrix units and the compiler take.
+TILES_ALLOWED = {
+    "BT": (16, 32, 64, 128, 256),
+    "BV": (16, 32, 64, 128, 256),
+    "warps": (1, 2, 4, 8, 16, 32),
+    "stages": (1, 2, 3, 4, 5, 6, 7, 8),
+}
+
 #: Tiles by architecture and arithmetic, chosen by what the compiler reports (registers, spills, matrix instructions).
 #: SiLU and the extra products of "high" need registers of their own. fp16 and fp32 are multiplied in tf32 or three
 #: products of it, which needs smaller tiles.
@@ -382,6 +390,10 @@ def _choose_tiles(
         ) from None
     if tiles.BV <= 0 or padded % tiles.BV:
         raise ValueError(f"{TILES_VARIABLE} is {overrides!r}, expected BV to divide {padded}, the padded head_dim")
+    for name, allowed in TILES_ALLOWED.items():
+        if name in fields and fields[name] not in allowed:
+            values = ", ".join(map(str, allowed))
+            raise ValueError(f"{TILES_VARIABLE} is {overrides!r}, expected {name} to be one of {values}")
     return tiles
 
 

@@ -138,5 +138,26 @@ def test_tiles_wider_than_the_state_are_refused(monkeypatch: pytest.MonkeyPatch)
             prefill(BASE, BASE.qkv(2), BASE.states(1), (2,), [0])
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("BT=7", "BT to be one of 16, 32, 64, 128, 256"),
+        ("BT=0", "BT to be one of 16, 32, 64, 128, 256"),
+        ("BT=-16", "BT to be one of 16, 32, 64, 128, 256"),
+        ("BT=1048576", "BT to be one of 16, 32, 64, 128, 256"),
+        ("BV=8", "BV to be one of 16, 32, 64, 128, 256"),
+        ("BT=16,warps=3", "warps to be one of 1, 2, 4, 8, 16, 32"),
+        ("BT=16,warps=0", "warps to be one of 1, 2, 4, 8, 16, 32"),
+        ("stages=0", "stages to be one of 1, 2, 3, 4, 5, 6, 7, 8"),
+    ],
+)
+def test_tiles_that_do_not_compile_are_refused_before_they_are_compiled(
+    value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(lightning.TILES_VARIABLE, value)
+    with pytest.raises(ValueError, match=f"^MINIMAX_LIGHTNING_TILES is '{value}', expected {expected}$"):
+        prefill(BASE, BASE.qkv(2), BASE.states(1), (2,), [0])
+
+
 def test_the_forced_backend_is_the_one_under_test() -> None:
     assert ops.lightning_backend(torch.device(DEVICE)) == "triton"

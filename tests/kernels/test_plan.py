@@ -66,8 +66,11 @@ def test_suggested_segments_keep_a_large_gpu_busy(num_tokens: int, num_heads: in
     assert ops.suggest_segment(num_tokens, num_heads) == segment
 
 
-def test_the_default_backend_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, "", "auto"])
+def test_the_default_backend_follows_the_device(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINIMAX_LIGHTNING_BACKEND", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MINIMAX_LIGHTNING_BACKEND", value)
     assert ops.lightning_backend(torch.device("cpu")) == "torch"
     assert ops.lightning_backend(torch.device("cuda")) == ("triton" if lightning.HAS_TRITON else "torch")
     monkeypatch.setattr(lightning, "HAS_TRITON", False)
