@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernels",
         "architecture",
         "checkpoint",
+        "config_fields",
         "side_files",
         "faults",
         "templates",

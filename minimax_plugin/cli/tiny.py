@@ -9,9 +9,12 @@ same bytes on every machine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import shutil
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,10 +28,17 @@ from torch import Tensor
 from minimax_plugin.architecture import ORIGINAL_ARCHITECTURES, Architecture, TensorSpec
 from minimax_plugin.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from minimax_plugin.cli import tiny_tokenizer
+from minimax_plugin.config_fields import require_field
 from minimax_plugin.templates import chat_template
 
 _ARCHITECTURES = {"m1": "MiniMaxM1ForCausalLM", "text01": "MiniMaxText01ForCausalLM"}
 _LOGIT_STD = 3.0
+
+#: Largest checkpoint that is written. Beyond it a size was mistyped, or a disk is about to be filled with noise.
+MAX_TOTAL_SIZE = 2**31
+
+#: Values that are drawn at once; memory beside the tensor itself is about 32 bytes for each.
+_BLOCK = 2**20
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -118,12 +128,16 @@ def write_tiny_checkpoint(
         options: sizes and seed.
         force: accept a directory that is not empty and replace the checkpoint in it.
 
+    Everything is written beside its place and moved there at the end: where that fails, by a full disk or by Ctrl-C,
+    nothing is left behind and an earlier checkpoint stays as it was.
+
     Returns:
         The architecture that was written.
 
     Raises:
         FileExistsError: the directory is not empty and ``force`` is not set.
-        ValueError: sizes that no such model can have.
+        ValueError: sizes that no such model can have, or a checkpoint of more than :data:`MAX_TOTAL_SIZE` bytes.
+        OSError: the files cannot be written.
     """
     options = options or TinyOptions()
     directory = Path(directory)
@@ -131,20 +145,20 @@ def write_tiny_checkpoint(
     architecture = Architecture.from_config(config)
     if options.shard_size <= 0:
         raise ValueError(f"shard_size is {options.shard_size}, expected a positive number of bytes")
+    _check_total_size(architecture)
     tokenizer = tiny_tokenizer.build_tokenizer(options.vocab_size)
-    template = chat_template()
-    _prepare_directory(directory, force=force)
-    _write_json(directory / CONFIG_FILE, config)
-    tiny_tokenizer.write_tokenizer(directory, tokenizer, chat_template=template)
-    special_ids = {
-        "bos_token_id": tokenizer.token_to_id(tiny_tokenizer.BOS_TOKEN),
-        "eos_token_id": tokenizer.token_to_id(tiny_tokenizer.EOS_TOKEN),
-        "pad_token_id": tokenizer.token_to_id(tiny_tokenizer.PAD_TOKEN),
-    }
-    _write_json(directory / "generation_config.json", special_ids)
-    printable = torch.zeros(options.vocab_size, 1)
-    printable[tiny_tokenizer.printable_ids(tokenizer)] = 1.0
-    _write_weights(directory, architecture, options, printable)
+    with _written_beside(directory, force=force) as target:
+        _write_json(target / CONFIG_FILE, config)
+        tiny_tokenizer.write_tokenizer(target, tokenizer, chat_template=chat_template())
+        special_ids = {
+            "bos_token_id": tokenizer.token_to_id(tiny_tokenizer.BOS_TOKEN),
+            "eos_token_id": tokenizer.token_to_id(tiny_tokenizer.EOS_TOKEN),
+            "pad_token_id": tokenizer.token_to_id(tiny_tokenizer.PAD_TOKEN),
+        }
+        _write_json(target / "generation_config.json", special_ids)
+        printable = torch.zeros(options.vocab_size, 1)
+        printable[tiny_tokenizer.printable_ids(tokenizer)] = 1.0
+        _write_weights(target, architecture, options, printable)
     return architecture
 
 
@@ -154,6 +168,7 @@ def tiny_config(options: TinyOptions) -> dict[str, Any]:
         raise ValueError(f"architecture is {options.architecture!r}, expected one of {sorted(_ARCHITECTURES)}")
     name = _ARCHITECTURES[options.architecture]
     model_type = ORIGINAL_ARCHITECTURES[name]
+    require_field("num_hidden_layers", options.num_hidden_layers)
     pattern = options.attn_type_list
     if pattern is None:
         pattern = _default_pattern(options.num_hidden_layers)
@@ -213,13 +228,41 @@ def _parse_attn_types(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of 0 and 1") from None
 
 
-def _prepare_directory(directory: Path, *, force: bool) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()) and not force:
-        raise FileExistsError(f"{directory} is not empty; choose another directory or pass --force")
-    # Weights of an earlier checkpoint must not survive beside the new index. Other files that are called alike may.
-    for stale in (directory / SINGLE_FILE, *directory.glob("model-[0-9]*-of-[0-9]*.safetensors")):
-        stale.unlink(missing_ok=True)
+def _check_total_size(architecture: Architecture) -> None:
+    if architecture.total_size > MAX_TOTAL_SIZE:
+        name, spec = max(architecture.tensors().items(), key=lambda item: item[1].nbytes)
+        raise ValueError(
+            f"these sizes make a checkpoint of {architecture.total_size:,} bytes, expected at most "
+            f"{MAX_TOTAL_SIZE:,}; the largest tensor is {name} {list(spec.shape)}"
+        )
+
+
+@contextlib.contextmanager
+def _written_beside(directory: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to write into, whose files move into ``directory`` if the block ends well, and vanish otherwise."""
+    if directory.is_dir():
+        if any(directory.iterdir()) and not force:
+            raise FileExistsError(f"{directory} is not empty; choose another directory or pass --force")
+        made: list[Path] = []
+    else:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True)
+    # Inside of the directory, which may be a file system of its own.
+    target = Path(tempfile.mkdtemp(prefix=".tiny-", dir=directory))
+    try:
+        yield target
+        # Weights of an earlier checkpoint must not survive beside the new index. Other files that are called alike may.
+        for stale in (directory / SINGLE_FILE, *directory.glob("model-[0-9]*-of-[0-9]*.safetensors")):
+            stale.unlink(missing_ok=True)
+        for file in target.iterdir():
+            file.replace(directory / file.name)
+        target.rmdir()
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _write_weights(directory: Path, architecture: Architecture, options: TinyOptions, printable: Tensor) -> None:
@@ -251,17 +294,18 @@ def _plan_shards(tensors: dict[str, TensorSpec], shard_size: int) -> Iterator[di
 def _random_tensor(name: str, spec: TensorSpec, seed: int) -> Tensor:
     """Uniform weights of the size that a trained model has. Each tensor has a generator of its own, seeded by its name.
 
-    Drawn as integers: unlike ``torch.randn``, they are the same on every CPU.
+    Drawn as integers, block by block: unlike ``torch.randn``, they are the same on every CPU.
     """
     # The CPU generator reads no more than the lower 32 bits of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    scale = 0.2 if "norm" in name else math.sqrt(3.0) * _standard_deviation(name, fan_in=spec.shape[-1])
+    mean = 1.0 if "norm" in name else 0.0
     steps = 1 << 20
-    uniform = torch.randint(-steps, steps + 1, spec.shape, generator=generator).double() / steps
-    if "norm" in name:
-        values = 1.0 + 0.2 * uniform
-    else:
-        values = math.sqrt(3.0) * _standard_deviation(name, fan_in=spec.shape[-1]) * uniform
-    return values.to(_TORCH_DTYPES[spec.dtype])
+    values = torch.empty(spec.numel, dtype=_TORCH_DTYPES[spec.dtype])
+    for block in values.split(_BLOCK):
+        uniform = torch.randint(-steps, steps + 1, block.shape, generator=generator).double() / steps
+        block.copy_(mean + scale * uniform)
+    return values.view(spec.shape)
 
 
 def _standard_deviation(name: str, *, fan_in: int) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,13 @@ def test_text01_names_itself(tmp_path: Path) -> None:
         (["--top-k", "9"], "exceeds num_local_experts = 4"),
         (["--attn-types", "0,1"], "attn_type_list has 2 entries, expected num_hidden_layers = 4"),
         (["--attn-types", "0,1,2,0"], "attn_type_list[2] is 2"),
+        (["--hidden", "1000000"], "make a checkpoint of 30,802,001,536 bytes, expected at most 2,147,483,648"),
+        (
+            ["--hidden", "1000000000000"],
+            "hidden_size is 1000000000000, expected a positive integer of at most 1,048,576",
+        ),
+        (["--layers", "1000000000"], "num_hidden_layers is 1000000000, expected a positive integer of at most 10,000"),
+        (["--experts", "1000000"], "num_local_experts is 1000000, expected a positive integer of at most 65,536"),
         (["--hidden", "0"], "hidden_size is 0, expected a positive integer"),
         (["--max-positions", "0"], "max_position_embeddings is 0, expected a positive integer"),
         (["--vocab", "287"], "vocab_size is 287, expected at least 288"),
@@ -179,7 +188,8 @@ def test_impossible_sizes_write_nothing(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tiny", str(tmp_path / "model"), *arguments]) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "model").exists()
 
 
@@ -202,6 +212,37 @@ def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     weights = {file.name for file in tmp_path.glob("*.safetensors")} - mine
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert weights == set(index["weight_map"].values())
+
+
+#: Writes no file of more than 400,000 bytes, as on a disk that is about to be full.
+_ON_A_FULL_DISK = """
+import resource, sys
+from minimax_plugin.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+sys.exit(main(["tiny", *sys.argv[1:]]))
+"""
+
+
+def tiny_on_a_full_disk(*arguments: str) -> str:
+    command = [sys.executable, "-c", _ON_A_FULL_DISK, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    return done.stderr
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "absent/model"):
+        error = tiny_on_a_full_disk(str(tmp_path / name))
+        assert "File too large" in error and len(error.splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_full_disk_leaves_the_checkpoint_that_was_there(tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, TinyOptions(num_hidden_layers=1))
+    before = contents(tmp_path)
+    tiny_on_a_full_disk(str(tmp_path), "--force")
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["unknown"], ["tiny"], ["tiny", "x", "--attn-types", "a,b"]])
