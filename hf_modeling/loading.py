@@ -19,9 +19,9 @@ from minimax_plugin.checkpoint import (
     CheckpointError,
     Fault,
     read_safetensors_header,
-    require_sound_files,
 )
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_TRAINS
+from minimax_plugin.hf_modeling.sources import better_error, require_safe_files, require_safe_source
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +39,23 @@ class StrictLoadingMixin:
         """Load a model, see ``PreTrainedModel.from_pretrained``.
 
         Raises:
-            CheckpointError: a shard is absent or truncated, the index names a tensor that is not there, a tensor is
-                absent or has another shape or dtype than the architecture says. One line per fault.
-            ValueError: the heads cannot be split over the tensor parallel size.
+            CheckpointError: a shard is absent or truncated, the index names a file elsewhere or a tensor that is not
+                there, a tensor is absent or has another shape or dtype than the architecture says, the weights are no
+                safetensors files. One line per fault.
+            ValueError: the arguments or the config ask for weights in another format, or the heads cannot be split
+                over the tensor parallel size.
         """
         path = pretrained_model_name_or_path
-        if isinstance(path, (str, os.PathLike)) and not kwargs.get("gguf_file") and not kwargs.get("variant"):
-            require_sound_files(Path(path, kwargs.get("subfolder") or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        if not isinstance(path, (str, os.PathLike)) or kwargs.get("gguf_file"):
+            return super().from_pretrained(path, *args, **kwargs)  # type: ignore[misc]
+        require_safe_source(path, kwargs)
+        try:
+            return super().from_pretrained(path, *args, **kwargs | {"use_safetensors": True})  # type: ignore[misc]
+        except OSError as error:
+            better = better_error(error, str(path))
+            if better is None:
+                raise
+            raise better from error
 
     @staticmethod
     def _load_pretrained_model(
@@ -54,6 +63,9 @@ class StrictLoadingMixin:
     ) -> Any:
         architecture = Architecture.from_config(model.config)
         _check_tensor_parallel(model, architecture)
+        if state_dict is None:
+            source = str(load_config.pretrained_model_name_or_path)
+            require_safe_files(checkpoint_files or [], load_config.sharded_metadata, source)
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         if files and state_dict is None and not load_config.is_quantized:
             needs_head = hasattr(model, "lm_head")

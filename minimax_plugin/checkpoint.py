@@ -32,6 +32,7 @@ __all__ = [
     "INDEX_FILE",
     "ORIGINAL_MODEL_TYPES",
     "SINGLE_FILE",
+    "WEIGHTS_SUFFIX",
     "CheckpointError",
     "CheckpointReport",
     "Fault",
@@ -42,6 +43,7 @@ __all__ = [
     "require_shard_names",
     "require_sound_files",
     "require_sound_index",
+    "weight_file_names",
 ]
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -135,6 +137,16 @@ def check_checkpoint(directory: str | Path) -> CheckpointReport:
     )
 
 
+def weight_file_names(variant: str | None = None) -> tuple[str, str]:
+    """Names of the index and of the single file: where transformers looks for weights.
+
+    ``variant`` is what it puts into the names of files in another precision, ``model.<variant>.safetensors``.
+    """
+    if variant is None:
+        return INDEX_FILE, SINGLE_FILE
+    return f"model.safetensors.index.{variant}.json", f"model.{variant}.safetensors"
+
+
 def require_complete(directory: str | Path) -> CheckpointReport:
     """:func:`check_checkpoint`, raising where the checkpoint is not complete.
 
@@ -154,14 +166,16 @@ def require_sound_files(directory: str | Path, *, variant: str | None = None) ->
 
     Args:
         directory: of the files.
-        variant: as transformers puts it into file names, ``model.<variant>.safetensors``.
+        variant: see :func:`weight_file_names`.
 
     Raises:
         CheckpointError: with one line per fault.
     """
     directory = Path(directory)
-    index_file, single_file = _names(variant)
-    if all(file_problem(directory / file) == "no such file" for file in (index_file, single_file)):
+    index_file, single_file = weight_file_names(variant)
+    if not directory.is_dir() or all(
+        file_problem(directory / file) == "no such file" for file in (index_file, single_file)
+    ):
         return
     faults = FaultList()
     weight_map, _ = _read_index(directory, faults, index_file, single_file)
@@ -170,20 +184,26 @@ def require_sound_files(directory: str | Path, *, variant: str | None = None) ->
     _raise_if(faults, directory)
 
 
-def require_safetensors(directory: str | Path) -> None:
-    """Refuse a folder without any safetensors file, before a library falls back to reading pickles.
+def require_safetensors(directory: str | Path, *, variant: str | None = None, any_name: bool = False) -> None:
+    """Refuse a folder without safetensors files, before a library falls back to reading pickles.
+
+    Args:
+        directory: to look into.
+        variant: see :func:`weight_file_names`.
+        any_name: take any file of the format, as vLLM does, instead of those names.
 
     Raises:
-        CheckpointError: there is none; the message names the pickles that are there instead.
+        CheckpointError: there is none; the message names the weights that are there instead.
     """
     directory = Path(directory)
-    if any(True for _ in directory.glob(f"*{WEIGHTS_SUFFIX}")) or file_problem(directory / INDEX_FILE) is None:
+    names = weight_file_names(variant)
+    if any(file_problem(directory / name) != "no such file" for name in names):
         return
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    found = f"only {', '.join(pickles[:3])}{' …' if len(pickles) > 3 else ''}" if pickles else "no weights"
-    expected = (
-        f"{INDEX_FILE} or {SINGLE_FILE}: this package reads safetensors alone, because reading a pickle runs code"
-    )
+    others = sorted(path.name for pattern in (f"*{WEIGHTS_SUFFIX}", *_PICKLES) for path in directory.glob(pattern))
+    if any_name and any(name.endswith(WEIGHTS_SUFFIX) for name in others):
+        return
+    found = f"only {', '.join(others[:3])}{' …' if len(others) > 3 else ''}" if others else "no weights"
+    expected = f"{' or '.join(names)}: this package reads safetensors alone, because reading a pickle runs code"
     raise CheckpointError(directory, [Fault(str(directory), "", found, expected)])
 
 
@@ -269,13 +289,6 @@ def _expected_tensors(
         tensor: TensorSpec(spec.shape, dtype if spec.dtype == "BF16" else spec.dtype)
         for tensor, spec in architecture.tensors().items()
     }
-
-
-def _names(variant: str | None) -> tuple[str, str]:
-    """Names of the index and of the single file of one variant, as transformers forms them."""
-    if variant is None:
-        return INDEX_FILE, SINGLE_FILE
-    return f"model.safetensors.index.{variant}.json", f"model.{variant}.safetensors"
 
 
 def _read_index(

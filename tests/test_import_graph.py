@@ -32,7 +32,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "templates": set(),
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},
-    "hf_modeling": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates"},
+    "hf_modeling": {
+        "state_cache",
+        "kernels",
+        "architecture",
+        "checkpoint",
+        "checkpoint_files",
+        "config_fields",
+        "templates",
+    },
     "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates"},
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
