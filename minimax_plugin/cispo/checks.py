@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from minimax_plugin.cispo.config import CISPOConfig
+from minimax_plugin.cispo.schedule import check_stages
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +183,8 @@ def _check_model_config(config: Any, args: CISPOConfig) -> None:
             "cast_lm_head_to_fp32 is True, but the model's head is its embedding (tie_word_embeddings), which would "
             "become fp32 too; set cast_lm_head_to_fp32=False"
         )
+    if args.length_stages is not None:
+        check_stages(args.length_stages, getattr(text, "max_position_embeddings", None))
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if args.use_transformers_continuous_batching and kinds:
         raise ValueError(

@@ -7,6 +7,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from minimax_plugin.cispo.schedule import LengthBiasMonitor, LengthSchedule
+
 TOKEN_MASKS = ("none", "ppo", "dual")
 LOSS_AGGREGATIONS = ("token", "sample", "prompt")
 IMPORTANCE_BASES = ("train", "sampler")
@@ -31,7 +33,7 @@ class CISPOConfig(GRPOConfig):
         ValueError: a value that cannot be meant; the message names the field, its value and what was expected.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_llm_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["vllm_llm_kwargs", "reward_weight_schedule"]
 
     # Defaults of TRL and transformers that the report sets otherwise
     loss_type: str = field(default="cispo", metadata={"help": "'cispo', the only loss of this trainer."})
@@ -162,6 +164,26 @@ class CISPOConfig(GRPOConfig):
     length_stages: list[int] | None = field(
         default=None, metadata={"help": "Ascending completion lengths, one per stage (section 5)."}
     )
+    length_stage_p99_share: float = field(
+        default=0.9,
+        metadata={"help": "Move on when the 99th percentile of lengths is at least this share of the window."},
+    )
+    length_stage_patience: int = field(
+        default=8, metadata={"help": "Rollouts over which the perplexity of generated text must have converged."}
+    )
+    length_stage_tolerance: float = field(
+        default=0.02, metadata={"help": "Share by which its older and newer half may differ."}
+    )
+    reward_weight_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the reward functions by update, linear between them: {0: [1, 0], 200: [1, 0.5]}."
+        },
+    )
+    length_bias_threshold: float = field(
+        default=0.5,
+        metadata={"help": "Warn when rewards correlate with length within groups by this much (section 4.2)."},
+    )
     late_stage_epsilon_is_high: float | None = field(
         default=None, metadata={"help": "epsilon_is_high of the last stage (section 5)."}
     )
@@ -198,6 +220,7 @@ class CISPOConfig(GRPOConfig):
         self._check_loss()
         self._check_token_mask()
         self._check_rollouts()
+        self._check_schedules()
         super().__post_init__()
 
     @property
@@ -298,3 +321,19 @@ class CISPOConfig(GRPOConfig):
             raise ValueError(f"solved_reward is {self.solved_reward}, expected a finite reward")
         if self.mismatch_plot_steps < 0:
             raise ValueError(f"mismatch_plot_steps is {self.mismatch_plot_steps}, expected 0 (never) or more")
+
+    def _check_schedules(self) -> None:
+        LengthBiasMonitor(self.length_bias_threshold)
+        if self.length_stages is not None:
+            LengthSchedule(
+                self.length_stages,
+                p99_share=self.length_stage_p99_share,
+                patience=self.length_stage_patience,
+                tolerance=self.length_stage_tolerance,
+            )
+        for name in ("late_stage_epsilon_is_high", "late_stage_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and self.length_stages is None:
+                raise ValueError(f"{name} is {value}, but without length_stages there is no last stage; set both")
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected a positive number")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CISPO trainer: a thin composition over TRL's ``GRPOTrainer``.
 
-:mod:`~minimax_plugin.cispo.selection` makes rollouts, :mod:`~minimax_plugin.cispo.objective` their loss.
+:mod:`~minimax_plugin.cispo.selection` makes rollouts, :mod:`~minimax_plugin.cispo.objective` their loss,
+:mod:`~minimax_plugin.cispo.stages` applies schedules, :mod:`~minimax_plugin.cispo.checkpoint` saves and resumes.
 
 Every method of TRL that is overridden or relied on is listed in ``tests/cispo/test_trl_contract.py``, which fails when
 TRL changes one of them.
@@ -10,7 +11,7 @@ TRL changes one of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from minimax_plugin.cispo.checks import check_before_loading
 from minimax_plugin.cispo.config import CISPOConfig
 from minimax_plugin.cispo.objective import Objective, SkipEmptyUpdates
 from minimax_plugin.cispo.selection import Selection
+from minimax_plugin.cispo.stages import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ logger = logging.getLogger(__name__)
 LARGEST = ("/ratio_max", "/logp_diff_max")
 
 
-class CISPOTrainer(Selection, Objective):
+class CISPOTrainer(Stages, Selection, Objective):
     """Trains with CISPO (arXiv 2506.13585, section 3.1) instead of GRPO.
 
     Arguments are those of ``trl.GRPOTrainer``; ``args`` is a :class:`~minimax_plugin.cispo.config.CISPOConfig`.
@@ -84,7 +86,15 @@ class CISPOTrainer(Selection, Objective):
         self._compare_in_loss = False
         self._next_plot = 0
         self._window_tokens = 0.0
+        self.start_schedules()
         self.add_callback(SkipEmptyUpdates(self))
+
+    def resumable_state(self) -> dict[str, Any]:
+        return super().resumable_state() | {"prompt_pool": self.prompt_pool.state_dict()}
+
+    def load_resumable_state(self, state: Mapping[str, Any]) -> None:
+        super().load_resumable_state(state)
+        self.prompt_pool.load_state_dict(state["prompt_pool"])
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
