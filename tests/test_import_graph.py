@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "side_files": {"checkpoint_files", "config_fields", "config_rules", "faults"},
     "checkpoint": {"architecture", "checkpoint_files", "config_fields", "config_rules", "faults", "side_files"},
     "templates": set(),
+    "repetition": set(),
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},
     "hf_modeling": {
@@ -41,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_fields",
         "templates",
     },
-    "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates"},
+    "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates", "repetition"},
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
     "__main__": {"cli"},
@@ -62,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cispo",
     },
     "planner": {"architecture", "checkpoint"},
-    "cispo": {"hf_modeling", "vllm_model", "kernels", "architecture", "templates"},
+    "cispo": {"hf_modeling", "vllm_model", "kernels", "architecture", "templates", "repetition"},
 }
 
 #: Libraries that a component must not import at all.
@@ -72,6 +73,7 @@ FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
         ("checkpoint", "checkpoint_files", "side_files", "faults"),
         {"torch", "transformers", "vllm", "triton", "safetensors"},
     ),
+    "repetition": {"transformers", "vllm", "triton"},
     "kernels": {"transformers", "vllm"},
     "state_cache": {"transformers", "vllm", "triton"},
     "hf_modeling": {"vllm"},

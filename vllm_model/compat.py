@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
     from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionMetadata, Mamba2AttentionMetadataBuilder
     from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+    from vllm.v1.sample.logits_processor import MoveDirectionality
     from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "MambaBase",
     "MambaHybridModelState",
     "MambaStateCopyFuncCalculator",
+    "MoveDirectionality",
     "add_config_check",
     "add_splitting_op",
     "copies_whole_pages",
@@ -41,6 +43,7 @@ __all__ = [
     "hits_parts_of_blocks",
     "layer_by_name",
     "layer_metadata",
+    "logits_processor_base",
     "register_custom_op",
     "release_of",
     "require_splitting_op",
@@ -69,6 +72,8 @@ _CLASSES = {
     # A function since 0.28; the class FusedMoE that it replaced is gone.
     "FusedMoEFactory": "vllm.model_executor.layers.fused_moe",
     "GateLinear": "vllm.model_executor.layers.fused_moe",
+    # V1 interface, 0.10 and later.
+    "MoveDirectionality": "vllm.v1.sample.logits_processor",
 }
 
 #: The operator around the state of the lightning layers, ``namespace::name``.
@@ -222,6 +227,19 @@ def copies_whole_pages(page_views: torch.Tensor) -> bool:
     page = page_views.stride(0) * page_views.element_size()
     state = page_views[0].numel() * page_views.element_size()
     return page == state or page_views.untyped_storage().nbytes() == page_views.shape[0] * page
+
+
+def logits_processor_base(*, v2: bool) -> type:
+    """The class that logits processors of a model runner derive from; ``object`` where V2 takes none (before 0.32)."""
+    if not v2:
+        from vllm.v1.sample.logits_processor import LogitsProcessor
+
+        return LogitsProcessor
+    try:
+        module = importlib.import_module("vllm.v1.worker.gpu.sample.logits_processor")
+    except ImportError:
+        return object
+    return module.LogitsProcessor
 
 
 def layer_metadata(layer_name: str) -> Any | None:

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that holds a model of transformers and a vLLM engine that shares its weights, as a trainer does.
+
+Engines do not clean up well enough to follow one another in one process, and starting one takes most of the time of a
+test, so tests share a process and ask it for measurements over a pipe.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+NEW_TOKENS = 160
+#: Ragged batch: from one token to more than two of the model's blocks.
+PROMPT_LENGTHS = (1, 2, 7, 31, 64, 129, 200, 300)
+
+
+class RolloutProcess:
+    """Starts the process; ``ask(command, **arguments)`` returns what the function of that name below returns."""
+
+    def __init__(self, cache_root: Path, env: dict[str, str] | None = None, **start: Any) -> None:
+        requests_read, self._requests = os.pipe()
+        replies, replies_write = os.pipe()
+        self._log_path = cache_root / f"rollout-{os.getpid()}-{requests_read}.log"
+        with self._log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(requests_read), str(replies_write)],
+                pass_fds=(requests_read, replies_write),
+                env=os.environ | ENV | {"VLLM_CACHE_ROOT": str(cache_root)} | (env or {}),
+                cwd=cache_root,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        os.close(requests_read)
+        os.close(replies_write)
+        self._reader = os.fdopen(replies, "r")
+        self.ask("start", **start)
+
+    def ask(self, command: str, **arguments: Any) -> Any:
+        with suppress(BrokenPipeError):  # a process that died is noticed below, with what it said
+            os.write(self._requests, (json.dumps([command, arguments]) + "\n").encode())
+        reply = self._reader.readline()
+        if not reply:
+            self._process.wait(timeout=60)
+            raise RuntimeError("the rollout process died:\n" + "\n".join(self.log().splitlines()[-60:]))
+        return json.loads(reply)
+
+    def log(self) -> str:
+        return self._log_path.read_text(errors="replace")
+
+    def close(self) -> None:
+        os.close(self._requests)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.close()
+
+
+class Worker:
+    """The commands."""
+
+    def start(self, model: str, engine: dict[str, Any], repetition: list[Any] | None = None, **options: Any) -> None:
+        """Load the model in fp32 and start an engine on it.
+
+        Args:
+            model: checkpoint folder with a tokenizer.
+            engine: ``engine_arguments``.
+            repetition: N and p of the repetition stop.
+            options: of ``VLLMGeneration``.
+        """
+        from accelerate import Accelerator
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from minimax_plugin.cispo.repetition import RepetitionRule
+        from minimax_plugin.cispo.rollout import ExactVLLMGeneration
+
+        self.path = model
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self.generation = ExactVLLMGeneration(
+            self.model,
+            Accelerator(cpu=True),
+            AutoTokenizer.from_pretrained(model, padding_side="left"),
+            max_model_length=512,
+            max_num_seqs=16,
+            max_completion_length=NEW_TOKENS,
+            engine_arguments={"enforce_eager": True} | engine,
+            repetition=RepetitionRule(*repetition) if repetition else None,
+            **options,
+        )
+
+    def parity(self, backend: str, ignore_eos: bool = True) -> dict[str, float]:
+        """How close the log-probabilities of 160 sampled tokens per prompt are to the training forward pass."""
+        prompts = self._prompts()
+        if backend == "vllm":
+            completions, logps = self._sample(prompts, ignore_eos)
+        else:
+            completions, logps = self._sample_with_transformers(prompts)
+        return compare(logps, training_logps(self.model, prompts, completions))
+
+    def _prompts(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(3)
+        vocabulary = self.model.config.vocab_size
+        return [torch.randint(10, vocabulary, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+    def _sample(self, prompts: list[list[int]], ignore_eos: bool) -> tuple[list[list[int]], list[list[float]]]:
+        torch.manual_seed(1)  # requests with a seed of their own cannot be prefilled in chunks on a CPU
+        self.generation.generation_kwargs = {"ignore_eos": ignore_eos}
+        _, completions, logps, _ = self.generation.generate(prompts, None, 1)
+        return [list(ids) for ids in completions], [[step[0] for step in steps] for steps in logps]
+
+    def _sample_with_transformers(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+        return sample_with_transformers(self.model, prompts)
+
+
+def sample_with_transformers(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """Left-padded sampling with transformers; completions and log-probabilities of the tokens."""
+    torch.manual_seed(5)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    tokens = output.sequences[:, width:]
+    logps = torch.stack(output.logits, 1).float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return tokens.tolist(), logps.tolist()
+
+
+@torch.no_grad()
+def training_logps(model: Any, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of completions from one forward pass over left-padded prompts and right-padded completions."""
+    left, right = max(map(len, prompts)), max(map(len, completions))
+    rows, masks = [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, after = left - len(prompt), right - len(completion)
+        rows.append([0] * before + prompt + completion + [0] * after)
+        masks.append([0] * before + [1] * (len(prompt) + len(completion)) + [0] * after)
+    ids = torch.tensor(rows)
+    logits = model(input_ids=ids, attention_mask=torch.tensor(masks)).logits[:, left - 1 : -1]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, left:, None]).squeeze(-1)
+    return [row[: len(completion)].tolist() for row, completion in zip(logps, completions, strict=True)]
+
+
+def compare(first: list[list[float]], second: list[list[float]]) -> dict[str, float]:
+    """Pearson correlation of probabilities, mean and maximum of the difference of log-probabilities, tokens."""
+    x, y = (torch.tensor([value for row in rows for value in row], dtype=torch.float64) for rows in (first, second))
+    difference = (x - y).abs()
+    pearson = torch.corrcoef(torch.stack([x.exp(), y.exp()]))[0, 1]
+    return {
+        "pearson": pearson.item(),
+        "mean": difference.mean().item(),
+        "max": difference.max().item(),
+        "tokens": len(x),
+    }
+
+
+def main(requests_fd: int, replies_fd: int) -> None:
+    worker = Worker()
+    with os.fdopen(requests_fd) as requests, os.fdopen(replies_fd, "w") as replies:
+        for line in requests:
+            command, arguments = json.loads(line)
+            replies.write(json.dumps(getattr(worker, command)(**arguments)) + "\n")
+            replies.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
