@@ -11,12 +11,16 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+
+from minimax_plugin.cispo import weight_sync
 
 ENV = {
     "HF_HUB_OFFLINE": "1",
@@ -112,8 +116,121 @@ class Worker:
         if backend == "vllm":
             completions, logps = self._sample(prompts, ignore_eos)
         else:
-            completions, logps = self._sample_with_transformers(prompts)
+            completions, logps = sample_with_transformers(self.model, prompts)
         return compare(logps, training_logps(self.model, prompts, completions))
+
+    def sync_unchanged(self, times: int) -> float:
+        """Largest change of a log-probability after syncing the weights that the engine has already."""
+        before = self._scores()
+        for _ in range(times):
+            self.generation.sync_weights()
+        return compare(before, self._scores())["max"]
+
+    def sync_changed(self, names: str, repack: bool = True) -> dict[str, float]:
+        """Change all weights by a tenth, send them to the engine, change and send them back.
+
+        Args:
+            names: "memory" (as transformers holds them), "shuffled" (the same, any order) or "checkpoint" (as saved,
+                any order).
+            repack: whether experts are packed anew.
+
+        Returns:
+            Largest difference to transformers before (``moved``) and after (``max``) the sync.
+        """
+        original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        generator = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * 0.1)
+        result = {"moved": self._distance()["max"]}
+        with patched(weight_sync, "repack_experts", lambda model: 0) if not repack else nullcontext():
+            self._send(names)
+        result |= self._distance()
+        self.model.load_state_dict(original)
+        self.generation.sync_weights()
+        return result | {"back": self._distance()["max"]}
+
+    def sync_adapter(self) -> dict[str, Any]:
+        """LoRA on attention and experts: the engine gets the merged weights, and the frozen ones keep every bit."""
+        from peft import LoraConfig, get_peft_model
+
+        frozen = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        torch.manual_seed(4)
+        model = get_peft_model(
+            self.model,
+            LoraConfig(
+                r=4,
+                lora_alpha=16,
+                target_modules=["q_proj", "v_proj", "qkv_proj", "out_proj"],
+                target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+            ),
+        )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.05)
+        base, self.generation.model = self.generation.model, model
+        result: dict[str, Any] = {"moved": self._distance(model)["max"]}
+        for _ in range(3):
+            self.generation.sync_weights()
+        result |= self._distance(model)
+        self.generation.model = base
+        self.model = model.unload()
+        result["changed"] = [
+            name for name, tensor in self.model.state_dict().items() if not torch.equal(tensor, frozen[name])
+        ]
+        self.generation.sync_weights()
+        return result | {"back": self._distance()["max"]}
+
+    def generate_with_old_prefix(self) -> dict[str, float]:
+        """Sample, change the weights, sample the same prompts again: the second rollout against transformers."""
+        prompts = self._prompts()[-2:]
+        original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self._sample(prompts, True)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.mul_(1.05)
+        self.generation.sync_weights()
+        completions, logps = self._sample(prompts, True)
+        result = compare(logps, training_logps(self.model, prompts, completions))
+        self.model.load_state_dict(original)
+        self.generation.sync_weights()
+        return result
+
+    def _send(self, names: str) -> None:
+        if names == "memory":
+            self.generation.sync_weights()
+            return
+        if names == "shuffled":
+            tensors = dict(self.model.named_parameters())
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.save_pretrained(folder)
+                tensors = {k: v for file in Path(folder).glob("*.safetensors") for k, v in load_file(file).items()}
+        shuffled = sorted(tensors, key=lambda name: name[::-1])
+        runner = self.generation.llm.llm_engine.model_executor.driver_worker.model_runner
+        weight_sync.reload_weights(runner, ((name, tensors[name].detach()) for name in shuffled))
+
+    def _distance(self, model: Any = None) -> dict[str, float]:
+        sequences = self._sequences()
+        exact = training_logps(model or self.model, [ids[:1] for ids in sequences], [ids[1:] for ids in sequences])
+        return compare(self._scores(), exact)
+
+    def _scores(self) -> list[list[float]]:
+        """The engine's log-probabilities of all tokens of fixed sequences but the first."""
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": ids} for ids in self._sequences()]
+        outputs = self.generation.llm.generate(
+            prompts, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False), use_tqdm=False
+        )
+        return [
+            [step[token].logprob for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(self._sequences(), outputs, strict=True)
+        ]
+
+    def _sequences(self) -> list[list[int]]:
+        return [ids for ids in self._prompts() if len(ids) > 1]
 
     def _prompts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(3)
@@ -126,8 +243,15 @@ class Worker:
         _, completions, logps, _ = self.generation.generate(prompts, None, 1)
         return [list(ids) for ids in completions], [[step[0] for step in steps] for steps in logps]
 
-    def _sample_with_transformers(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
-        return sample_with_transformers(self.model, prompts)
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def sample_with_transformers(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
