@@ -110,13 +110,10 @@ class Worker:
             **options,
         )
 
-    def parity(self, backend: str, ignore_eos: bool = True) -> dict[str, float]:
+    def parity(self) -> dict[str, float]:
         """How close the log-probabilities of 160 sampled tokens per prompt are to the training forward pass."""
         prompts = self._prompts()
-        if backend == "vllm":
-            completions, logps = self._sample(prompts, ignore_eos)
-        else:
-            completions, logps = sample_with_transformers(self.model, prompts)
+        completions, logps = self._sample(prompts)
         return compare(logps, training_logps(self.model, prompts, completions))
 
     def sync_unchanged(self, times: int) -> float:
@@ -186,16 +183,72 @@ class Worker:
         """Sample, change the weights, sample the same prompts again: the second rollout against transformers."""
         prompts = self._prompts()[-2:]
         original = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self._sample(prompts, True)
+        self._sample(prompts)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.mul_(1.05)
         self.generation.sync_weights()
-        completions, logps = self._sample(prompts, True)
+        completions, logps = self._sample(prompts)
         result = compare(logps, training_logps(self.model, prompts, completions))
         self.model.load_state_dict(original)
         self.generation.sync_weights()
         return result
+
+    def repetition(self, temperature: float, head: float) -> dict[str, Any]:
+        """Sample sixteen prompts freely, with the stop of the trainer, and with another N for every second request.
+
+        Args:
+            temperature: of sampling.
+            head: factor of the head's weights, which makes the model fall into loops.
+
+        Returns:
+            ``free`` and ``stopped`` completions, ``mixed`` ones with their N (None: not asked for) in ``limits``, the
+            model's log-probabilities of the free ones, and TRL's flags.
+        """
+        generator = torch.Generator().manual_seed(3)
+        prompts = [torch.randint(10, 320, (n,), generator=generator).tolist() for n in range(1, 17)]
+        weight = self.model.lm_head.weight.detach().clone()
+        with torch.no_grad():
+            self.model.lm_head.weight.mul_(head)
+        self.generation.sync_weights()
+        rule, self.generation._repetition = self.generation._repetition, None
+        self.generation.temperature = temperature
+        self.generation.generation_kwargs = {"seed": 7}
+        free = self.generation.generate(prompts, None, 1)[1]
+        self.generation._repetition = rule
+        stopped = self.generation.generate(prompts, None, 1)
+        flags = self.generation.stopped
+        limits = [None if i % 2 else 5 + i for i in range(16)]
+        result = {
+            "free": [list(row) for row in free],
+            "logps": training_logps(self.model, prompts, [list(row) for row in free]),
+            "stopped": [list(row) for row in stopped[1]],
+            "scored": [len(row) for row in stopped[2]],
+            "flags": flags,
+            "limits": limits,
+            "mixed": self._generate_mixed(prompts, limits, temperature, rule.probability),
+        }
+        self.generation.temperature = 1.0
+        with torch.no_grad():
+            self.model.lm_head.weight.copy_(weight)
+        self.generation.sync_weights()
+        return result
+
+    def _generate_mixed(
+        self, prompts: list[list[int]], limits: list[int | None], temperature: float, probability: float
+    ) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        asked = [
+            {} if limit is None else {"repetition_stop_tokens": limit, "repetition_stop_prob": probability}
+            for limit in limits
+        ]
+        outputs = self.generation.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [SamplingParams(temperature=temperature, seed=7, max_tokens=NEW_TOKENS, extra_args=each) for each in asked],
+            use_tqdm=False,
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def _send(self, names: str) -> None:
         if names == "memory":
@@ -233,14 +286,13 @@ class Worker:
         return [ids for ids in self._prompts() if len(ids) > 1]
 
     def _prompts(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(3)
-        vocabulary = self.model.config.vocab_size
-        return [torch.randint(10, vocabulary, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+        return ragged_prompts(self.model.config.vocab_size)
 
-    def _sample(self, prompts: list[list[int]], ignore_eos: bool) -> tuple[list[list[int]], list[list[float]]]:
+    def _sample(self, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
         torch.manual_seed(1)  # requests with a seed of their own cannot be prefilled in chunks on a CPU
-        self.generation.generation_kwargs = {"ignore_eos": ignore_eos}
-        _, completions, logps, _ = self.generation.generate(prompts, None, 1)
+        self.generation.generation_kwargs = {"ignore_eos": True}
+        with patched(self.generation, "_repetition", None):
+            _, completions, logps, _ = self.generation.generate(prompts, None, 1)
         return [list(ids) for ids in completions], [[step[0] for step in steps] for steps in logps]
 
 
@@ -252,6 +304,11 @@ def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def ragged_prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(10, vocab_size, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
 
 def sample_with_transformers(model: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
