@@ -143,6 +143,7 @@ class _Requests:
             forced = force_token(logits, run >= self._limit[rows], self._token_id[rows])
             self._forced[rows] = self._forced[rows] | forced
 
+    @torch.inference_mode()  # like the steps of an engine, whose tensors cannot be changed outside of it
     def take_stopped(self) -> set[str]:
         """Names of the requests that were stopped since the last call."""
         for slot, rule in self._rules.items():

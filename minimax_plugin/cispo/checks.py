@@ -16,7 +16,11 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from minimax_plugin.cispo.config import CISPOConfig
+<<<<<<< HEAD
 from minimax_plugin.cispo.schedule import check_stages
+=======
+from minimax_plugin.cispo.rollout import check_vllm_settings
+>>>>>>> 698cd8d (Join rollouts and the repetition stop to the trainer; check its first rollout)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ def check_before_loading(
 
     Raises:
         ValueError: what does not fit; the message names it and says what to do.
+        ImportError: vLLM is asked for and not installed.
     """
     if args.importance_base == "sampler" and not (args.use_vllm or rollout_func):
         raise ValueError(
@@ -63,7 +68,9 @@ def check_before_loading(
         _check_dataset(args, reward_funcs, train_dataset, free=owns_prompts or rollout_func is not None)
     _check_adapter(peft_config)
     _check_reference(model, args, peft_config)
-    _check_model_config(_config_of(model, args), args)
+    config = _config_of(model, args)
+    _check_model_config(config, args)
+    check_vllm_settings(args, config)
 
 
 def checked_reward(function: Any, name: str) -> Any:

@@ -7,7 +7,11 @@ from typing import Any
 
 from trl import GRPOConfig
 
+<<<<<<< HEAD
 from minimax_plugin.cispo.schedule import LengthBiasMonitor, LengthSchedule
+=======
+from minimax_plugin.cispo.repetition import RepetitionRule
+>>>>>>> 698cd8d (Join rollouts and the repetition stop to the trainer; check its first rollout)
 
 TOKEN_MASKS = ("none", "ppo", "dual")
 LOSS_AGGREGATIONS = ("token", "sample", "prompt")
@@ -222,6 +226,7 @@ class CISPOConfig(GRPOConfig):
         self._check_rollouts()
         self._check_schedules()
         super().__post_init__()
+        RepetitionRule.from_config(self)
 
     @property
     def importance_cap(self) -> float:

@@ -90,9 +90,7 @@ class RepetitionRule:
             del model.generate
 
 
-def strip_forced_end(
-    completions: list[list[int]], kept: Sequence[int | None]
-) -> tuple[list[list[int]], list[bool]]:
+def strip_forced_end(completions: list[list[int]], kept: Sequence[int | None]) -> tuple[list[list[int]], list[bool]]:
     """Completions without forced end tokens, and which had one.
 
     Args:

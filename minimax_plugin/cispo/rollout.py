@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
+import math
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +23,7 @@ import trl.trainer.grpo_trainer as trl_grpo
 from torch import Tensor
 
 from minimax_plugin.cispo.merged_weights import full_parameters
+from minimax_plugin.cispo.metrics import Mismatch
 from minimax_plugin.cispo.repetition import RepetitionRule, changed_probabilities
 from minimax_plugin.cispo.weight_sync import check_vllm_version, reload_weights
 
@@ -47,8 +50,42 @@ TRL_ENGINE_ARGUMENTS: dict[str, str | None] = {
 _CPU_EXPERT_ALIGNMENT = 32
 
 
+def check_vllm_settings(args: Any, model_config: Any) -> None:
+    """Refuse settings that cannot work, before a model is loaded. Imports no vLLM.
+
+    Args:
+        args: a ``CISPOConfig``.
+        model_config: of the model, from transformers.
+
+    Raises:
+        ValueError: further engine arguments without an engine of the trainer's own, or that TRL sets; server mode
+            without CUDA; experts that vLLM cannot hold on a CPU.
+        ImportError: vLLM is not installed.
+    """
+    colocated = args.use_vllm and args.vllm_mode == "colocate"
+    if args.vllm_llm_kwargs and not colocated:
+        raise ValueError(
+            f"vllm_llm_kwargs is {args.vllm_llm_kwargs}, but the trainer starts no vLLM engine; set use_vllm=True and "
+            "vllm_mode='colocate', or leave it out"
+        )
+    check_engine_arguments(args.vllm_llm_kwargs or {})
+    if not args.use_vllm:
+        return
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(
+            "use_vllm is True, but vLLM is not installed: pip install 'minimax-plugin[vllm]'", name="vllm"
+        )
+    if not colocated and args.device.type != "cuda":
+        raise ValueError(
+            f"vllm_mode is {args.vllm_mode!r} and the trainer runs on {args.device.type!r}, but TRL sends weights to a "
+            "vLLM server with NCCL, from CUDA devices only; set vllm_mode='colocate'"
+        )
+    if colocated and args.device.type == "cpu" and not torch.cuda.is_available():
+        check_expert_sizes(model_config, args.vllm_tensor_parallel_size)
+
+
 def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse engine arguments that TRL sets itself. Needs no vLLM.
+    """Refuse engine arguments that TRL sets itself.
 
     Raises:
         ValueError: one of them; the message names it and what sets it instead.
@@ -58,21 +95,9 @@ def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
             field = TRL_ENGINE_ARGUMENTS[name]
             instead = f"set {field}" if field else "its value there cannot be changed"
             raise ValueError(
-                f"vllm_llm_kwargs has {name}={arguments[name]!r}, which TRL passes to vLLM itself; leave it out, {instead}"
+                f"vllm_llm_kwargs has {name}={arguments[name]!r}, which TRL passes to vLLM itself; leave it out, "
+                f"{instead}"
             )
-
-
-def check_server_device(device_type: str) -> None:
-    """Refuse TRL's server mode where it cannot work, before a model is loaded.
-
-    Raises:
-        ValueError: the trainer does not run on a CUDA device.
-    """
-    if device_type != "cuda":
-        raise ValueError(
-            f"vllm_mode is 'server' and the trainer runs on {device_type!r}, but TRL sends weights to a vLLM server with "
-            "NCCL, from CUDA devices only; set vllm_mode='colocate'"
-        )
 
 
 def check_expert_sizes(config: Any, tensor_parallel_size: int = 1) -> None:
@@ -179,7 +204,9 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
 
         twice = sorted(arguments.keys() & self._engine_arguments.keys())
         if twice:
-            raise ValueError(f"vllm_llm_kwargs has {', '.join(twice)}, which this TRL passes to vLLM itself; leave it out")
+            raise ValueError(
+                f"vllm_llm_kwargs has {', '.join(twice)}, which this TRL passes to vLLM itself; leave it out"
+            )
         arguments |= self._engine_arguments
         if self._repetition is not None:
             arguments["logits_processors"] = [*(arguments.get("logits_processors") or []), RepetitionRule.processor]
@@ -187,12 +214,11 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in the model without adapters, full tensors, one at a time; adapters merged into copies."""
+        has_adapter = hasattr(self.model, "peft_config")
         sharded_by_fsdp1 = self._dist.fsdp_version == 1
-        if sharded_by_fsdp1 and hasattr(self.model, "peft_config"):
+        if sharded_by_fsdp1 and has_adapter:
             raise ValueError("adapters under FSDP version 1 cannot be merged exactly; set fsdp_version to 2")
-        if sharded_by_fsdp1:
-            yield from super()._iter_named_params()
-        elif self._dist.is_zero3 and not hasattr(self.model, "peft_config"):
+        if sharded_by_fsdp1 or (self._dist.is_zero3 and not has_adapter):
             yield from super()._iter_named_params()
         else:
             # Under ZeRO-3 an adapter needs all of the model at once, as in TRL; elsewhere nothing is gathered here.
@@ -280,71 +306,37 @@ def _check_argument_names(arguments: Mapping[str, Any], engine_args: type) -> No
         raise ValueError(f"vllm_llm_kwargs has {', '.join(unknown)}, which this vLLM does not know")
 
 
-@dataclasses.dataclass(frozen=True)
-class RolloutAgreement:
-    """How close the probabilities of a rollout are to those of the training forward pass.
-
-    Attributes:
-        pearson: correlation of token probabilities (Figure 3 of the report); nan where one of them never varies.
-        mean: mean of |difference of log-probabilities|.
-        maximum: its maximum.
-        tokens: number of tokens.
-    """
-
-    pearson: float
-    mean: float
-    maximum: float
-    tokens: int
-
-
-def rollout_agreement(
-    rollout_logps: Tensor, training_logps: Tensor, mask: Tensor, gather: Callable[[Tensor], Tensor] = lambda x: x
-) -> RolloutAgreement:
-    """Compare log-probabilities, all [B, T], where ``mask`` is set and the rollout has one (is not nan).
+def judge_first_rollout(mismatch: Mismatch, args: Any) -> None:
+    """Warn or raise where the first rollout is too far from the training forward pass with the same weights.
 
     Args:
-        rollout_logps: of the engine that sampled.
-        training_logps: of the training forward pass with the same weights.
-        mask: completion tokens that the policy generated.
-        gather: concatenates a tensor [1, n] over processes.
-    """
-    mask = mask.bool() & ~torch.isnan(rollout_logps)
-    x, y = (logps[mask].double().exp() for logps in (rollout_logps, training_logps))
-    difference = (rollout_logps - training_logps)[mask].abs().double()
-    sums = torch.stack([torch.full_like(x, 1.0).sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()])
-    largest = difference.max() if difference.numel() else difference.sum()
-    rows = gather(torch.cat([sums, difference.sum()[None], largest[None]])[None])
-    n, sx, sy, sxx, syy, sxy, total = rows[:, :7].sum(0).tolist()
-    variances = (n * sxx - sx * sx) * (n * syy - sy * sy)
-    pearson = (n * sxy - sx * sy) / variances**0.5 if variances > 0 else float("nan")
-    return RolloutAgreement(pearson, total / n if n else 0.0, rows[:, 7].max().item(), int(n))
-
-
-def judge_agreement(agreement: RolloutAgreement, threshold: float, *, mode: str, causes: list[str]) -> None:
-    """Warn or raise where a rollout is too far from training.
-
-    Args:
-        agreement: of the first rollout.
-        threshold: lowest accepted correlation.
-        mode: "warn" or "error".
-        causes: what in the configuration may explain it, appended to the general causes.
+        mismatch: of the first rollout.
+        args: a ``CISPOConfig``, for ``rollout_check``, ``rollout_check_pearson`` and what may explain a mismatch.
 
     Raises:
-        ValueError: the correlation is below the threshold and ``mode`` is "error".
+        ValueError: the correlation is too low and ``rollout_check`` is "error".
     """
-    if agreement.tokens == 0 or not agreement.pearson < threshold:
-        logger.info("rollout and training agree: %s", agreement)
+    pearson = mismatch.prob_pearson
+    # A side that does not vary has no correlation; then the difference tells.
+    agree = (
+        mismatch.logp_diff_mean <= _CONSTANT_TOLERANCE if math.isnan(pearson) else pearson >= args.rollout_check_pearson
+    )
+    if args.rollout_check == "off" or agree:
         return
-    listed = "; ".join([*causes, *_GENERAL_CAUSES])
+    causes = "; ".join([*_causes_in_config(args), *_GENERAL_CAUSES])
     message = (
         f"the first rollout does not match the training forward pass: correlation of token probabilities "
-        f"{agreement.pearson:.5f}, expected at least {threshold}; |difference of log-probabilities| mean "
-        f"{agreement.mean:.3g}, max {agreement.maximum:.3g} over {agreement.tokens} tokens. Likely causes: {listed}"
+        f"{pearson:.5f}, expected at least {args.rollout_check_pearson}; |difference of log-probabilities| mean "
+        f"{mismatch.logp_diff_mean:.3g}, 99th percentile {mismatch.logp_diff_p99:.3g}, max "
+        f"{mismatch.logp_diff_max:.3g} over {mismatch.tokens} tokens. Likely causes: {causes}"
     )
-    if mode == "error":
-        raise ValueError(f"{message}. rollout_check='warn' or 'off' goes on all the same")
+    if args.rollout_check == "error":
+        raise ValueError(f"{message}. rollout_check='warn' goes on all the same")
     logger.warning("%s", message)
 
+
+#: Mean |difference of log-probabilities| up to which probabilities that do not vary count as the same.
+_CONSTANT_TOLERANCE = 0.01
 
 _GENERAL_CAUSES = [
     "vLLM in a lower precision than the trainer (vllm_llm_kwargs={'dtype': 'float32'} tells whether it is that)",
@@ -354,12 +346,9 @@ _GENERAL_CAUSES = [
 ]
 
 
-def likely_causes(args: Any) -> list[str]:
-    """Fields of the trainer's config that make vLLM sample from another distribution than the trainer scores.
-
-    Args:
-        args: a ``GRPOConfig``.
-    """
+def _causes_in_config(args: Any) -> list[str]:
+    """Fields that make vLLM sample from another distribution than the trainer scores."""
+    # The trainer divides by the temperature too.
     causes = [f"{name}={value}" for name, value in changed_probabilities(args).items() if name != "temperature"]
     if not args.cast_lm_head_to_fp32:
         causes.append("cast_lm_head_to_fp32=False")

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from trl import GRPOTrainer
 
 from minimax_plugin.cispo import losses, metrics, sampling
 from minimax_plugin.cispo.checks import checked_reward
 from minimax_plugin.cispo.config import CISPOConfig
+from minimax_plugin.cispo.generation import Generation
 from minimax_plugin.cispo.objective import loss_mask
 
 logger = logging.getLogger(__name__)
 
 
-class Selection(GRPOTrainer):
+class Selection(Generation):
     """Makes rollouts with ``kept`` and ``loss_weights``."""
 
     args: CISPOConfig
@@ -179,6 +179,7 @@ class Selection(GRPOTrainer):
         if mismatch is None:
             return
         self._record(mode, "rollout", mismatch.metrics())
+        self._judge_rollout(mismatch, mode)
         step, every = self.state.global_step, self.args.mismatch_plot_steps
         if mode == "train" and every and step >= self._next_plot:
             self._next_plot = (step // every + 1) * every

@@ -21,6 +21,8 @@ from minimax_plugin.cispo import metrics, sampling
 from minimax_plugin.cispo.checks import check_before_loading
 from minimax_plugin.cispo.config import CISPOConfig
 from minimax_plugin.cispo.objective import Objective, SkipEmptyUpdates
+from minimax_plugin.cispo.repetition import RepetitionRule
+from minimax_plugin.cispo.rollout import exact_generation
 from minimax_plugin.cispo.selection import Selection
 from minimax_plugin.cispo.stages import Stages
 
@@ -71,7 +73,9 @@ class CISPOTrainer(Stages, Selection, Objective):
         check_before_loading(model, args, functions, train_dataset, **{name: kwargs.get(name) for name in options})
         if args.mismatch_plot_steps:
             metrics.require_matplotlib()
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
+        self.repetition_rule = RepetitionRule.from_config(args)
+        with exact_generation(args.vllm_llm_kwargs, self.repetition_rule):
+            super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.rollout_statistics: dict[str, float] = {}
         self.prompt_pool = sampling.PromptPool(self.train_dataset, args.seed)
         if args.importance_base == "sampler":
@@ -95,12 +99,6 @@ class CISPOTrainer(Stages, Selection, Objective):
     def load_resumable_state(self, state: Mapping[str, Any]) -> None:
         super().load_resumable_state(state)
         self.prompt_pool.load_state_dict(state["prompt_pool"])
-
-    def _generate_single_turn(
-        self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Completions of the prompts of this process, and the log-probabilities they were sampled with, if known."""
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(
         self,

@@ -203,7 +203,7 @@ class Worker:
 
         Returns:
             ``free`` and ``stopped`` completions, ``mixed`` ones with their N (None: not asked for) in ``limits``, the
-            model's log-probabilities of the free ones, and TRL's flags.
+            model's log-probabilities of the free ones, how many of the stopped ones were scored, flags and end token.
         """
         generator = torch.Generator().manual_seed(3)
         prompts = [torch.randint(10, 320, (n,), generator=generator).tolist() for n in range(1, 17)]
@@ -225,6 +225,7 @@ class Worker:
             "stopped": [list(row) for row in stopped[1]],
             "scored": [len(row) for row in stopped[2]],
             "flags": flags,
+            "eos": self.generation.processing_class.eos_token_id,
             "limits": limits,
             "mixed": self._generate_mixed(prompts, limits, temperature, rule.probability),
         }

@@ -156,10 +156,9 @@ def test_repetition_stop(engine: RolloutProcess, temperature: float) -> None:
     assert measured["scored"] == [len(row) for row in measured["stopped"]]
     assert measured["flags"] == cut
 
-    eos = 298
     for row, logp, limit, mixed in zip(free, logps, measured["limits"], measured["mixed"], strict=True):
         end = None if limit is None else end_of_run(logp, limit)
-        assert mixed == (row if end is None or end == len(row) else [*row[:end], eos])
+        assert mixed == (row if end is None or end == len(row) else [*row[:end], measured["eos"]])
 
 
 def end_of_run(logps: list[float], tokens: int) -> int | None:

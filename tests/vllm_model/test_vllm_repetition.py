@@ -156,11 +156,13 @@ def test_v1(seed: int) -> None:
             moved.append((0, 1, MoveDirectionality.SWAP))
         size = len(filled)
         changed = removed or added or moved
-        processor.update_state(BatchUpdate(size, removed, added, moved) if changed else None)
+        with torch.inference_mode():
+            processor.update_state(BatchUpdate(size, removed, added, moved) if changed else None)
         batch = [request for request in rows[:size] if request is not None]
         if not batch:
             continue
-        logits = processor.apply(torch.stack([request.logits() for request in batch]))
+        with torch.inference_mode():
+            logits = processor.apply(torch.stack([request.logits() for request in batch]))
         for request, row in zip(batch, logits, strict=True):
             if rng.random() < 0.9:  # else the sample is discarded, as in the middle of a prefill
                 request.sample(row)
@@ -219,7 +221,8 @@ def test_v2(seed: int) -> None:
             input_ids=torch.tensor(fed, dtype=torch.int32),
             seq_lens_upper_bound_np=ends.numpy(),
         )
-        logits = processor.apply(torch.stack(rows), context)
+        with torch.inference_mode():
+            logits = processor.apply(torch.stack(rows), context)
         for slot, row in zip(batch, logits, strict=True):
             request = slots[slot]
             if computed[slot] == request.prompt + len(request.output):
