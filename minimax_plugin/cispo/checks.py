@@ -16,11 +16,8 @@ from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from minimax_plugin.cispo.config import CISPOConfig
-<<<<<<< HEAD
-from minimax_plugin.cispo.schedule import check_stages
-=======
 from minimax_plugin.cispo.rollout import check_vllm_settings
->>>>>>> 698cd8d (Join rollouts and the repetition stop to the trainer; check its first rollout)
+from minimax_plugin.cispo.schedule import check_stages
 
 logger = logging.getLogger(__name__)
 

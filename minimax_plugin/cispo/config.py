@@ -7,11 +7,8 @@ from typing import Any
 
 from trl import GRPOConfig
 
-<<<<<<< HEAD
-from minimax_plugin.cispo.schedule import LengthBiasMonitor, LengthSchedule
-=======
 from minimax_plugin.cispo.repetition import RepetitionRule
->>>>>>> 698cd8d (Join rollouts and the repetition stop to the trainer; check its first rollout)
+from minimax_plugin.cispo.schedule import LengthBiasMonitor, LengthSchedule
 
 TOKEN_MASKS = ("none", "ppo", "dual")
 LOSS_AGGREGATIONS = ("token", "sample", "prompt")
