@@ -234,7 +234,7 @@ def lightning_layer(batch: int, length: int, *, record: bool = True) -> tuple[Li
 
 
 def attend(layer: LightningCacheLayer, qkv: Tensor, slopes: Tensor, mask: Tensor | None = None) -> Tensor:
-    batch = LightningBatch.build(*qkv.shape[:2], mask, qkv.device, cached=True)
+    batch = LightningBatch.build(qkv.shape[0], qkv.shape[1], mask, qkv.device, cached=True)
     return layer.attend(qkv, slopes, batch)
 
 
