@@ -9,7 +9,7 @@ from __future__ import annotations
 import interpreter_shim
 import pytest
 import torch
-from lightning_laws import Setting, assert_close, oracle
+from law_tools import Setting, assert_close, oracle
 from torch import Tensor
 
 from minimax_plugin.kernels import ops

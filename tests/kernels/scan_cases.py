@@ -12,7 +12,8 @@ from dataclasses import replace
 import interpreter_shim
 import pytest
 import torch
-from lightning_laws import LAWS, Setting, prefill
+from law_tools import Setting, prefill
+from lightning_laws import LAWS
 
 from minimax_plugin.kernels import lightning, ops
 

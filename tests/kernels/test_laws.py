@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_laws import FASTEST, SLOWEST, Setting, assert_close, oracle, parametrize_laws, prefill
+from law_tools import FASTEST, SLOWEST, Setting, assert_close, oracle, prefill
+from lightning_laws import parametrize_laws
 from torch import Tensor
 
 from minimax_plugin.kernels import ops, reference
@@ -40,7 +41,7 @@ def test_pieces_of_whole_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPa
     assert torch.equal(pool, whole.pool)
 
 
-@pytest.mark.parametrize("path", ["decode", "verify"])
+@pytest.mark.parametrize("path", ["decode", "verify", "prefill"])
 def test_8192_steps_of_real_slopes(path: str) -> None:
     """The slowest heads multiply the error of one decay up: exp(-slope) rounded to fp32 leads to 8e-5 here."""
     steps, setting = 8192, Setting(head_dim=8, slopes=(FASTEST, 0.0039, 5.4e-5, SLOWEST))
@@ -50,6 +51,9 @@ def test_8192_steps_of_real_slopes(path: str) -> None:
     if path == "decode":
         for t in range(steps):
             reference.decode_loop(qkv[t : t + 1], slopes, pool, [1], out[t : t + 1])
+    elif path == "prefill":
+        run = prefill(setting, qkv, pool, (steps,), [1])
+        out, pool = run.out, run.pool
     else:
         slot, writes, bounds = torch.tensor([1]), torch.tensor([[0, *[-1] * 6, 1]]), torch.tensor([0, 8])
         for t in range(0, steps, 8):

@@ -159,9 +159,11 @@ def test_combine_states_names_what_is_wrong() -> None:
         ops.combine_states(states, [1, 2], SLOPES, states)
 
 
-def forward_arguments(num_tokens: int = 70, *, grad: bool = True) -> tuple[Any, ...]:
+def forward_arguments(
+    num_tokens: int = 70, *, grad: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
     plan = ops.LightningPlan.build([0, 3, num_tokens], segment=32)
-    q, k, v = (tokens(num_tokens, HEADS, DIM, seed=n).requires_grad_(grad) for n in range(3))
+    q, k, v = (tokens(num_tokens, HEADS, DIM, seed=n, dtype=dtype).requires_grad_(grad) for n in range(3))
     state = tokens(2, HEADS, DIM, DIM, seed=3).requires_grad_(grad)
     cut = (plan.cu_seqlens, plan.segments, plan.segment_offsets, plan.max_segments)
     return (q, k, v, SLOPES, state, *cut, "default")
@@ -185,6 +187,19 @@ def test_packed_operators_pass_opcheck() -> None:
     torch.library.opcheck(custom_ops.lightning_packed_forward, (qkv, SLOPES, state, *rest))
     grad_o, state = tokens(70, HEADS, DIM), state.detach()
     torch.library.opcheck(custom_ops.lightning_packed_backward, (grad_o, state, qkv.detach(), SLOPES, None, *rest))
+
+
+def test_operators_promise_the_dtypes_they_return() -> None:
+    """States are fp32 whatever the tokens are; a graph that is traced with another dtype breaks when it runs."""
+    q, k, v, slopes, state, *rest = forward_arguments(grad=False, dtype=torch.bfloat16)
+    *cut, precision = rest
+    packed = (torch.cat([q, k, v], dim=-1), slopes, None, *cut, "silu", precision)
+    only: Any = {"test_utils": "test_faketensor"}
+    torch.library.opcheck(custom_ops.lightning_forward, (q, k, v, slopes, None, *rest), **only)
+    torch.library.opcheck(custom_ops.lightning_backward, (q, state, q, k, v, slopes, state, *rest), **only)
+    torch.library.opcheck(custom_ops.lightning_packed_forward, packed, **only)
+    torch.library.opcheck(custom_ops.lightning_packed_backward, (q, state, *packed), **only)
+    torch.library.opcheck(custom_ops.lightning_segment_state, (k, v, slopes, *cut, False, precision), **only)
 
 
 def test_in_place_operators_pass_opcheck() -> None:

@@ -60,7 +60,7 @@ def test_computed_tokens_fit_the_sequences(computed: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "segment"),
-    [(1024, 8, 256), (65_536, 8, 2048), (65_536, 64, 4096), (8192, 64, 2048), (1, 1, 256)],
+    [(1024, 8, 256), (65_536, 8, 2048), (65_536, 64, 4096), (8192, 64, 2048), (1, 1, 256), (33_792, 4, 1024)],
 )
 def test_suggested_segments_keep_a_large_gpu_busy(num_tokens: int, num_heads: int, segment: int) -> None:
     assert ops.suggest_segment(num_tokens, num_heads) == segment

@@ -130,6 +130,29 @@ def test_a_tail_that_its_ring_cannot_hold_is_refused() -> None:
         replay.lightning_decode_replay(**arguments | {"position": torch.tensor([17], dtype=torch.int32)})
 
 
+@pytest.mark.parametrize("null", [-1, 0])
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_rows_that_belong_to_no_sequence_are_zero(null: int, activation: str | None) -> None:
+    """Of a padding sequence and past the last bound; nothing of the padding slot is touched, which may be slot 0."""
+    lengths, slots = [2, 3, 1], [2, null, 1]
+    bounds = torch.tensor([0, 2, 5, 6], dtype=torch.int32)
+    qkv, pool = torch.randn(8, HEADS, 3 * DIM), torch.randn(3, HEADS, DIM, DIM)
+    rings = torch.full((2, 3, replay.replay_ring_rows(), HEADS, DIM), float("nan"))
+    out, sumsq = torch.full((8, HEADS, DIM), float("nan")), torch.full((8, HEADS), float("nan"))
+    start, zeros = pool.clone(), torch.zeros(3, dtype=torch.int32)
+    arguments = call_arguments(qkv, pool, rings[0], rings[1]) | {"cu_seqlens": bounds, "out": out, "sumsq": sumsq}
+    arguments |= {"slot_ids": torch.tensor(slots), "boundary": zeros, "position": zeros}
+    replay.lightning_decode_replay(**arguments, activation=activation, null_slot=null)
+    for begin, length, slot in zip(bounds.tolist(), lengths, slots, strict=False):
+        if slot > null:
+            parts = split_heads(qkv[begin : begin + length], activate=activation is not None)
+            expected, _ = recurrence(*parts, SLOPES, start[slot])
+            assert (out[begin : begin + length] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not out[2:5].any() and not out[6:].any()
+    torch.testing.assert_close(sumsq, out.square().sum(-1))
+    assert torch.equal(pool, start) and rings[:, 0].isnan().all()
+
+
 def test_autocast_does_not_round_the_state() -> None:
     results = []
     for enabled in (False, True):
