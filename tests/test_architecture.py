@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from contextlib import suppress
 from decimal import Decimal, localcontext
@@ -16,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minimax_plugin import architecture
-from minimax_plugin.architecture import Architecture, head_slopes, layer_types_from_codes, lightning_slopes
+from minimax_plugin.architecture import (
+    Architecture,
+    TensorSpec,
+    head_slopes,
+    layer_types_from_codes,
+    lightning_slopes,
+    rotary_factor,
+)
 
 #: The released sizes, as in the table of the MiniMax-M1 report.
 RELEASED: dict[str, Any] = {
@@ -184,22 +192,38 @@ def test_heads_split_over_these_numbers_of_ranks_only(heads: int, kv_heads: int,
         tie_word_embeddings=st.booleans(),
     )
 )
-def test_parameter_count_against_a_closed_formula(config: dict[str, Any]) -> None:
+def test_counts_against_a_closed_formula(config: dict[str, Any]) -> None:
     hidden, inner = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
     kv_inner = config["num_key_value_heads"] * config["head_dim"]
-    softmax = sum(config["attn_type_list"])
-    lightning = len(config["attn_type_list"]) - softmax
-    shared = config["shared_intermediate_size"]
-    moe = config["num_local_experts"] * (3 * hidden * config["intermediate_size"] + hidden)
-    per_layer = 2 * hidden + moe + (3 * hidden * shared + hidden if shared else 0)
-    expected = (
-        lightning * (5 * hidden * inner + inner)
+    softmax, layers = sum(config["attn_type_list"]), len(config["attn_type_list"])
+    shared, experts = config["shared_intermediate_size"], config["num_local_experts"]
+    expert = 3 * hidden * config["intermediate_size"]
+    every_token = (
+        (layers - softmax) * (5 * hidden * inner + inner)
         + softmax * (2 * hidden * inner + 2 * hidden * kv_inner)
-        + len(config["attn_type_list"]) * per_layer
+        + layers * (2 * hidden + hidden * experts + (3 * hidden * shared + hidden if shared else 0))
         + hidden
-        + config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
     )
-    assert Architecture.from_config(config).num_parameters == expected
+    heads = config["vocab_size"] * hidden * (1 if config["tie_word_embeddings"] else 2)
+    model = Architecture.from_config(config)
+    assert model.num_parameters == every_token + layers * experts * expert + heads
+    assert model.num_activated_parameters == every_token + layers * config["num_experts_per_tok"] * expert
+    assert model.total_size == 2 * model.num_parameters + 2 * layers * hidden * experts  # routers are F32
+
+
+def test_readers_who_truncate_get_the_rotary_dim() -> None:
+    """Rounded to nearest, the share of 30 of 44 dimensions times 44 is 29.999999999999996."""
+    for head_dim in range(2, 301, 2):
+        for rotary_dim in range(2, head_dim + 1, 2):
+            factor = rotary_factor(rotary_dim, head_dim)
+            assert int(head_dim * factor) == rotary_dim and 0 < factor <= 1
+            assert math.isclose(factor, rotary_dim / head_dim, rel_tol=1e-15)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("BF16", 2), ("F16", 2), ("F32", 4)])
+def test_bytes_of_a_tensor(dtype: str, size: int) -> None:
+    assert TensorSpec((3, 5), dtype).nbytes == 15 * size
+    assert TensorSpec((), dtype).nbytes == size
 
 
 def test_config_object_and_defaults_of_absent_keys() -> None:
@@ -260,17 +284,24 @@ def test_impossible_config_is_refused(change: dict[str, Any], message: str) -> N
     [
         (lambda: lightning_slopes(6, 0, 3, tp_size=4), "num_heads = 6 is not divisible by tp_size = 4"),
         (lambda: lightning_slopes(6, 3, 3), "layer_idx is 3, expected 0 <= layer_idx < num_layers = 3"),
+        (lambda: lightning_slopes(6, -1, 3), "layer_idx is -1, expected 0 <= layer_idx < num_layers = 3"),
         (lambda: lightning_slopes(6, 0, 0), "num_layers is 0, expected a positive integer"),
         (lambda: lightning_slopes(6, 0, 3, tp_rank=2, tp_size=2), "tp_rank is 2, expected"),
+        (lambda: lightning_slopes(6, 0, 3, tp_rank=-1, tp_size=2), "tp_rank is -1, expected"),
+        (lambda: lightning_slopes(6, 0, 3, tp_size=0), "tp_size is 0, expected a positive integer"),
         (lambda: head_slopes(-4), "num_heads is -4, expected a positive integer"),
         (
             lambda: Architecture.from_config(SMALL).check_tensor_parallel(4),
             "not divisible by the tensor parallel size 4",
         ),
         (lambda: Architecture.from_config(SMALL).check_tensor_parallel(3), "neither divides nor is divided by"),
+        (
+            lambda: Architecture.from_config(SMALL).check_tensor_parallel(0),
+            "tensor parallel size is 0, expected a positive integer",
+        ),
         (lambda: layer_types_from_codes([0, -1]), r"attn_type_list\[1\] is -1"),
     ],
-    ids=["heads over ranks", "layer index", "no layers", "rank", "negative heads", "tp heads", "tp kv heads", "code"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_impossible_request_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -109,6 +109,34 @@ def test_padding_rows_are_zero_and_touch_nothing(pool: StatePool) -> None:
     assert (pool.states[:5] == GARBAGE).all()
 
 
+@POOLS
+def test_prompts_and_drafts_beside_padding(pool: StatePool) -> None:
+    """What a pool hands on to the kernels: its null slot, the sums of squares, the places of checkpoints."""
+    pool.states.fill_(GARBAGE)
+    null = pool.null_slot
+    qkv, out = random_qkv(9), torch.full((9, NUM_HEADS, HEAD_DIM), GARBAGE)
+    sumsq, fresh = torch.full((9, NUM_HEADS), GARBAGE), torch.zeros(2, dtype=torch.bool)
+    plan, checkpoints = LightningPlan.build([0, 4, 9]), torch.tensor([null, 5])
+    pool.prefill(qkv, SLOPES, torch.tensor([null, 3]), fresh, plan, out=out, sumsq=sumsq, checkpoint_slots=checkpoints)
+    expected, state = recurrence(qkv[4:])
+    assert not out[:4].any() and close(out[4:], expected)
+    assert close(sumsq, out.double().square().sum(-1))
+    assert close(pool.states[3], state) and torch.equal(pool.states[5], pool.states[3])
+    assert (pool.states[[0, 1, 2, 4]] == GARBAGE).all()
+
+    reads, writes = torch.tensor([null, 3]), torch.tensor([[null, null], [1, null]])
+    bounds = torch.tensor([0, 2, 4], dtype=torch.int32)
+    pool.verify(qkv[:4], SLOPES, reads, writes, bounds, out=out[:4], sumsq=sumsq[:4])
+    expected, _ = recurrence(qkv[2:4], state)
+    assert not out[:2].any() and close(out[2:4], expected)
+    assert close(sumsq[:4], out[:4].double().square().sum(-1))
+    assert close(pool.states[1], recurrence(qkv[2:3], state)[1])
+    assert (pool.states[[0, 2, 4]] == GARBAGE).all()
+
+    pool.decode(qkv[:2], SLOPES, torch.tensor([3, null]), out=out[:2], sumsq=sumsq[:2])
+    assert close(sumsq[:2], out[:2].double().square().sum(-1))
+
+
 def test_first_slot_is_a_state_without_a_null_block() -> None:
     pool = StatePool.allocate(1, NUM_HEADS, HEAD_DIM)
     qkv, out = random_qkv(1), torch.empty(1, NUM_HEADS, HEAD_DIM)
@@ -131,6 +159,7 @@ def test_memory_is_never_copied() -> None:
         pytest.param(torch.zeros(1, 2, 4, 8), r"shape \(1, 2, 4, 8\), expected \[slots, H, D, D\]", id="not square"),
         pytest.param(torch.zeros(2, 4, 4), r"shape \(2, 4, 4\), expected", id="three dimensions"),
         pytest.param(torch.zeros(1, 2, 4, 4).transpose(2, 3), "expected every slot contiguous", id="transposed"),
+        pytest.param(torch.zeros(1, 4, 4, 4)[:, ::2], "expected every slot contiguous", id="every other head"),
     ],
 )
 def test_wrong_memory_is_refused(states: Tensor, message: str) -> None:

@@ -57,7 +57,7 @@ def test_converted_factors_and_leftover_rotary_dim() -> None:
     assert settings.rope_parameters["partial_rotary_factor"] == 0.5
 
 
-@pytest.mark.parametrize("head_dim", [2, 6, 48, 96, 128, 160])
+@pytest.mark.parametrize("head_dim", [2, 6, 44, 48, 96, 128, 160])
 def test_rotated_share_survives_truncation(head_dim: int) -> None:
     for rotary_dim in range(2, head_dim + 1, 2):
         settings = ModelSettings.from_config(_config(head_dim=head_dim, rotary_dim=rotary_dim))
