@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from law_tools import SLOWEST, Setting, assert_close
@@ -74,7 +75,7 @@ def law_gradients_of_the_state_alone(setting: Setting) -> None:
     setting, length = replace(setting, slopes=(0.01, SLOWEST)), 21
     qkv, initial = setting.qkv(length).requires_grad_(), setting.states(1).requires_grad_()
     weight = setting.states(1, seed=6)
-    options = {"initial_state": initial, "output_final_state": True, "precision": setting.precision}
+    options: dict[str, Any] = {"initial_state": initial, "output_final_state": True, "precision": setting.precision}
     slopes, plan = setting.slopes_tensor(), setting.plan(length)
     for activate in (True, False):
         if activate:
@@ -96,7 +97,11 @@ def law_gradients_of_the_projection(setting: Setting) -> None:
     slopes, initial = setting.slopes_tensor(), setting.states(1).requires_grad_()
     for activation, length in (("silu", setting.segment + 5), (None, 21)):
         qkv, weight = setting.qkv(length).requires_grad_(), setting.qkv(length, seed=7)[..., : setting.head_dim]
-        options = {"initial_state": initial, "plan": setting.plan(length), "precision": setting.precision}
+        options: dict[str, Any] = {
+            "initial_state": initial,
+            "plan": setting.plan(length),
+            "precision": setting.precision,
+        }
         o, _ = ops.lightning_attention_packed(qkv, slopes, activation=activation, **options)
         found = torch.autograd.grad(o, (qkv, initial), weight)
         exact = [x.detach().cpu().double().requires_grad_() for x in (qkv, initial)]

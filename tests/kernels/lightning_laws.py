@@ -126,7 +126,7 @@ def law_verify_keeps_every_state(setting: Setting) -> None:
 def law_no_activation_on_request(setting: Setting) -> None:
     qkv, steps, pool = setting.qkv(3 * 6), 6, setting.states(4)
     parts = qkv.split(steps)
-    slopes, options = setting.slopes_tensor(), {"activation": None}
+    slopes = setting.slopes_tensor()
     out, found = torch.empty_like(qkv[..., : setting.head_dim]), pool.clone()
     outs = out.split(steps)
 
@@ -134,11 +134,12 @@ def law_no_activation_on_request(setting: Setting) -> None:
         return torch.tensor(values, dtype=torch.int32, device=setting.device)
 
     flag = torch.ones(1, dtype=torch.bool, device=setting.device)
-    ops.lightning_prefill(parts[0], slopes, found, ints(0), flag, setting.plan(steps), out=outs[0], **options)
+    ops.lightning_prefill(parts[0], slopes, found, ints(0), flag, setting.plan(steps), out=outs[0], activation=None)
     for t in range(steps):
-        ops.lightning_decode(parts[1][t : t + 1], slopes, found, ints(1), out=outs[1][t : t + 1], **options)
+        row = slice(t, t + 1)
+        ops.lightning_decode(parts[1][row], slopes, found, ints(1), out=outs[1][row], activation=None)
     writes = ints(3, -1, -1, -1, -1, 2)[None]
-    ops.lightning_verify(parts[2], slopes, found, ints(2), writes, ints(0, steps), out=outs[2], **options)
+    ops.lightning_verify(parts[2], slopes, found, ints(2), writes, ints(0, steps), out=outs[2], activation=None)
     for slot in range(3):
         q, k, v = split_heads(parts[slot].cpu(), activate=False)
         expected, final = recurrence(q, k, v, slopes.cpu(), pool[slot].cpu())
