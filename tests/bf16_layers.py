@@ -8,7 +8,7 @@ known: rounding to bf16 changes a number by at most 2^-8 of it, fp32 arithmetic 
 :func:`recorded` fills a :class:`Record` from a running model of either backend, :func:`check_layers` judges it.
 
 Shapes: ``T`` tokens of one sequence, fed in ``S`` steps (pieces of the prompt, then one by one), ``H`` heads, ``D``
-head_dim, ``E`` experts.
+head_dim, ``E`` experts, ``K`` of them per token.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Record:
     """What the parts of a model gave, step by step, by names like ``3.qkv``.
 
     ``L.input``, ``L.normed``, ``L.attended``, ``L.normed_again``, ``L.routed``, ``L.shared``, ``L.output`` [T, hidden];
-    ``L.router`` [T, E] and ``L.share`` [T, 1] fp32; of a lightning layer ``L.qkv`` [T, 3HD], ``L.out`` [T, HD] and
-    ``L.state`` [S, H, D, D] fp32; ``final`` [T, hidden]; ``head_input`` and ``logits`` of as many rows as there are.
+    ``L.router`` [T, E], ``L.routing`` [T, E or K] (logits or weights, as the experts take them) and ``L.share`` [T, 1]
+    fp32; of a lightning layer ``L.qkv`` [T, 3HD], ``L.out`` [T, HD] and ``L.state`` [S, H, D, D] fp32; ``final``
+    [T, hidden]; ``head_input`` and ``logits`` of as many rows as there are.
     """
 
     def __init__(self) -> None:
@@ -100,6 +101,8 @@ def recorded(model: Any, record: Record) -> Iterator[None]:
         keep(f"{index}.attended", layer.self_attn)
         keep(f"{index}.normed_again", layer.post_attention_layernorm)
         keep(f"{index}.router", layer.block_sparse_moe.gate)
+        # The vLLM experts take the logits, the Hugging Face experts indices and weights.
+        keep(f"{index}.routing", layer.block_sparse_moe.experts, lambda inputs, output: inputs[-1])
         keep(f"{index}.routed", layer.block_sparse_moe)
         keep(f"{index}.output", layer)
         attention = layer.self_attn
@@ -237,6 +240,9 @@ class _Check:
         oracle, normed, output = self.oracle, self.part(f"{layer}.normed_again"), self.part(f"{layer}.routed")
         routed, router = oracle.routed_experts(layer, normed)
         self.close(f"{layer}.router", "router", self.part(f"{layer}.router"), router)
+        routing = self.part(f"{layer}.routing")
+        expected = router if routing.shape == router.shape else oracle.route(layer, normed)[1]
+        self.close(f"{layer}.routing", "router", routing, expected)
         self.close(f"{layer}.routed", "routed", output, routed)
         if oracle.config["shared_intermediate_size"]:
             share, shared = self.part(f"{layer}.share"), self.part(f"{layer}.shared")

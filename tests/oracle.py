@@ -184,15 +184,19 @@ class Oracle:
     def routed_experts(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Output of the routed experts [T, hidden] and router logits [T, E]."""
         moe = f"model.layers.{layer}.block_sparse_moe"
-        router_logits = hidden @ self.weights[f"{moe}.gate.weight"].T
-        weights, chosen = torch.softmax(router_logits, dim=-1).topk(self.config["num_experts_per_tok"], dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        router_logits, weights, chosen = self.route(layer, hidden)
         output = torch.zeros_like(hidden)
         for t in range(hidden.shape[0]):
             for weight, expert in zip(weights[t], chosen[t].tolist(), strict=True):
                 w1, w2, w3 = (self.weights[f"{moe}.experts.{expert}.w{i}.weight"] for i in (1, 2, 3))
                 output[t] += weight * (w2 @ (silu(w1 @ hidden[t]) * (w3 @ hidden[t])))
         return output, router_logits
+
+    def route(self, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Router logits [T, E], weights [T, K] and indices [T, K] of the chosen experts, the best first."""
+        logits = hidden @ self.weights[f"model.layers.{layer}.block_sparse_moe.gate.weight"].T
+        weights, chosen = torch.softmax(logits, dim=-1).topk(self.config["num_experts_per_tok"], dim=-1)
+        return logits, weights / weights.sum(dim=-1, keepdim=True), chosen
 
     def shared_expert(self, layer: int, hidden: Tensor) -> Tensor:
         prefix = f"model.layers.{layer}.shared_mlp"

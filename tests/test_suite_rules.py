@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from goldens import M1, REPOSITORY, TEXT01
 from hypothesis import HealthCheck, settings
 
 TESTS = Path(__file__).parent
@@ -45,6 +46,13 @@ def test_oracles_are_free_of_the_package(file: str) -> None:
     for tree in _trees(TESTS / file):
         for node in ast.walk(tree):
             assert "minimax_plugin" not in _imported(node)
+
+
+def test_goldens_of_the_repository_stay_small() -> None:
+    """Every clone carries them for good."""
+    files = [path for path in REPOSITORY.rglob("*") if path.is_file()]
+    assert {path.parent for path in files if path.suffix == ".safetensors"} == {M1, TEXT01}
+    assert sum(path.stat().st_size for path in files) <= 2_000_000
 
 
 def _trees(file: Path) -> Iterator[ast.Module]:

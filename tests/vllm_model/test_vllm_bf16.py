@@ -18,14 +18,18 @@ import torch
 from bf16_faults import FAULTS, RECURRENCE_FAULTS, Fault
 from bf16_layers import CONFIG, check_layers, check_recurrence
 from oracle import Oracle, random_tensors, slopes, tiny_config, write_checkpoint
+from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from safetensors.torch import load_file  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
 from vllm_engine_process import EngineProcess  # noqa: E402
 
+from minimax_plugin.architecture import Architecture  # noqa: E402
 from minimax_plugin.kernels.ops import LightningPlan  # noqa: E402
+from minimax_plugin.vllm_model.experts import SparseExperts  # noqa: E402
 from minimax_plugin.vllm_model.lightning import LightningAttention  # noqa: E402
 from minimax_plugin.vllm_model.metadata import LightningMetadata  # noqa: E402
 from minimax_plugin.vllm_model.settings import ModelSettings  # noqa: E402
@@ -82,6 +86,25 @@ def test_layers_with_released_slopes(layer_idx: int, tiny_config_of_vllm: Any) -
 def test_the_comparison_sees_in_the_slowest_layer(fault: Fault, tiny_config_of_vllm: Any) -> None:
     with pytest.raises(AssertionError, match=rf"\({RECURRENCE_FAULTS[fault]}\): relative error"):
         check_released_layer(tiny_config_of_vllm, 78, (fault,))
+
+
+@pytest.mark.parametrize("hidden_size", [64, 512])
+def test_the_logits_that_reach_the_experts_are_a_product_in_fp32(hidden_size: int, tiny_config_of_vllm: Any) -> None:
+    """A product in bf16 is off by 1e-2 and picks other experts for some of the tokens."""
+    architecture = Architecture.from_config(tiny_config(hidden_size=hidden_size, num_local_experts=32))
+    with set_default_torch_dtype(torch.bfloat16), set_current_vllm_config(tiny_config_of_vllm):
+        block = SparseExperts(architecture, tiny_config_of_vllm, prefix=f"bf16.experts.{hidden_size}")
+    weight = torch.randn(32, hidden_size) * hidden_size**-0.5
+    block.gate.weight.data.copy_(weight)
+    block.gate.quant_method.process_weights_after_loading(block.gate)
+    seen: list[Tensor] = []
+    block.experts.forward = lambda hidden, logits: seen.append(logits)
+    hidden = torch.randn(200, hidden_size).bfloat16()
+    block(hidden)
+    [logits] = seen
+    expected = hidden.double() @ weight.double().T
+    assert logits.dtype == torch.float32
+    assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.fixture(scope="module")
