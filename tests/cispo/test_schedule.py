@@ -151,3 +151,68 @@ def test_length_bias_warns_once_per_crossing(caplog: pytest.LogCaptureFixture) -
     other = LengthBiasMonitor(threshold=0.5, memory=0.0)
     other.load_state_dict(monitor.state_dict())
     assert other.state_dict() == monitor.state_dict() == {"value": pytest.approx(1.0), "warned": True}
+
+
+def constant(value: float) -> Any:
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [value * sum(ids) / len(ids) for ids in completion_ids]
+
+    reward.__name__ = f"reward_{value:g}"
+    return reward
+
+
+def test_the_trainer_moves_its_window_and_its_rewards(make_trainer: Any) -> None:
+    """Completions of an untrained model fill every window, and a tolerance of 100 % calls any perplexity converged."""
+    trainer = make_trainer(
+        reward=[constant(1.0), constant(2.0)],
+        max_steps=5,
+        max_completion_length=4,
+        length_stages=[4, 6, 9],
+        length_stage_patience=2,
+        length_stage_tolerance=1.0,
+        length_stage_p99_share=0.5,
+        late_stage_epsilon_is_high=1.5,
+        late_stage_max_grad_norm=0.25,
+        reward_weight_schedule={0: [1, 0], 4: [0, 1]},
+        generation_kwargs={"min_new_tokens": 9},
+        epsilon_is_high=4.0,
+        max_grad_norm=1.0,
+    )
+    seen: list[tuple[Any, ...]] = []
+    generate = trainer._score_rollout
+
+    def watch(inputs: Any) -> Any:
+        rollout = generate(inputs)
+        lengths = rollout["completion_mask"].sum(-1)
+        weights = [round(weight, 3) for weight in trainer.reward_weights.tolist()]
+        seen.append((int(lengths.max()), trainer.args.epsilon_is_high, trainer.args.max_grad_norm, weights))
+        return rollout
+
+    trainer._score_rollout = watch
+    trainer.train()
+    assert [row[0] for row in seen] == [4, 4, 6, 6, 9]
+    assert [row[1:3] for row in seen] == [(4.0, 1.0)] * 4 + [(1.5, 0.25)]
+    assert [row[3] for row in seen] == [[1.0, 0.0], [0.75, 0.25], [0.5, 0.5], [0.25, 0.75], [0.0, 1.0]]
+    state = trainer.resumable_state()
+    assert state["length_schedule"]["stage"] == 2
+
+
+def test_windows_beyond_the_model_are_refused_before_it_is_loaded(make_trainer: Any) -> None:
+    with pytest.raises(ValueError, match="length_stages ends with 4096, expected at most 1024"):
+        make_trainer(length_stages=[64, 4096])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"length_stages": [8, 4]}, "length_stages is"),
+        ({"length_stages": [4, 8], "length_stage_patience": 0}, "length_stage_patience is 0"),
+        ({"late_stage_max_grad_norm": 0.5}, "without length_stages there is no last stage"),
+        ({"length_stages": [8], "late_stage_epsilon_is_high": 0.0}, "late_stage_epsilon_is_high is 0.0"),
+        ({"length_bias_threshold": 0.0}, "length bias threshold 0.0"),
+        ({"reward_weight_schedule": {0: [1, 2]}}, "expected 1 finite weights"),
+    ],
+)
+def test_schedules_that_cannot_be_meant_are_refused(make_trainer: Any, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**config)
