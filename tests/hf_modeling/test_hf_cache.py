@@ -7,11 +7,9 @@ import pytest
 import torch
 from hf_helpers import load_fp32, make_pair, random_ids, relative_error, states_of
 from oracle import Oracle, OracleCache, random_tensors, tiny_config, write_checkpoint
-from recurrence import recurrence, split_heads
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from minimax_plugin.hf_modeling.batch import LightningBatch
 from minimax_plugin.hf_modeling.cache import LightningCacheLayer, adopt_cache
 
 PROMPT = 300
@@ -224,85 +222,6 @@ def test_rows_can_be_repeated_and_selected(model: PreTrainedModel, ids: Tensor, 
         cache.crop(-2)
         logits = model(ids[:, 18:30].flip(0), past_key_values=cache).logits
     assert (logits - reference[:, 18:30].flip(0)).abs().max() <= 1e-3
-
-
-def lightning_layer(batch: int, length: int, *, record: bool = True) -> tuple[LightningCacheLayer, Tensor, Tensor]:
-    """An empty cache layer that records, projections [B, T, 2, 3 * 8], and slopes."""
-    layer = LightningCacheLayer()
-    layer.record_past = record
-    return layer, torch.randn(batch, length, 2, 24), torch.tensor([0.9, 0.01])
-
-
-def attend(layer: LightningCacheLayer, qkv: Tensor, slopes: Tensor, mask: Tensor | None = None) -> Tensor:
-    batch = LightningBatch.build(qkv.shape[0], qkv.shape[1], mask, qkv.device, cached=True)
-    return layer.attend(qkv, slopes, batch)
-
-
-def assert_state(layer: LightningCacheLayer, row: int, qkv: Tensor, slopes: Tensor) -> None:
-    """Row ``row`` holds the state after exactly the tokens ``qkv`` [T, H, 3D]."""
-    expected = recurrence(*split_heads(qkv), slopes)[1]
-    assert relative_error(layer.recurrent_states[0][row], expected) <= 1e-6
-
-
-@pytest.mark.parametrize("padding", [(0, 40), (100, 130), (30, 60), (290, 299)], ids=str)
-def test_recorded_prompt_longer_than_the_tail_keeps_its_padding_out(padding: tuple[int, int]) -> None:
-    """Padding before, behind and across the place where a long prompt is cut, and after tokens are taken back."""
-    layer, qkv, slopes = lightning_layer(2, 300)
-    mask = torch.ones(2, 300, dtype=torch.bool)
-    mask[1, slice(*padding)] = False
-    out = attend(layer, qkv, slopes, mask)
-    kept = qkv[1][mask[1]]
-    assert relative_error(out[1][mask[1]], recurrence(*split_heads(kept), slopes)[0]) <= 1e-6
-    assert not out[1][~mask[1]].any()
-    assert_state(layer, 0, qkv[0], slopes)
-    assert_state(layer, 1, kept, slopes)
-    layer.crop(-3)
-    assert_state(layer, 0, qkv[0, :-3], slopes)
-    assert_state(layer, 1, qkv[1, :-3][mask[1, :-3]], slopes)
-
-
-def test_the_tail_moves_on_without_its_padding() -> None:
-    """Steps behind a long prompt push the oldest recorded tokens, some of them padding, into the snapshot."""
-    layer, qkv, slopes = lightning_layer(2, 330)
-    mask = torch.ones(2, 330, dtype=torch.bool)
-    mask[1, 50:80] = False  # The prompt of 300 tokens is cut at 44, the steps move the cut to 74.
-    attend(layer, qkv[:, :300], slopes, mask[:, :300])
-    for start in range(300, 330, 5):
-        attend(layer, qkv[:, start : start + 5], slopes, mask[:, start : start + 5])
-    assert layer.tail_length == LightningCacheLayer.MAX_TAIL
-    layer.crop(-LightningCacheLayer.MAX_TAIL)
-    assert_state(layer, 0, qkv[0, :74], slopes)
-    assert_state(layer, 1, qkv[1, :74][mask[1, :74]], slopes)
-
-
-@pytest.mark.parametrize("forget", ["reset", "crop"])
-def test_what_was_recorded_before_is_forgotten(forget: str) -> None:
-    layer, qkv, slopes = lightning_layer(1, 30)
-    attend(layer, qkv[:, :20], slopes)
-    if forget == "reset":
-        layer.reset()
-    else:
-        layer.crop(0)
-    assert layer.tail_length == 0
-    attend(layer, qkv[:, 20:], slopes)
-    assert layer.tail_length == 10
-    layer.crop(-4)
-    assert_state(layer, 0, qkv[0, 20 if forget == "reset" else 0 : 26], slopes)
-    with pytest.raises(RuntimeError, match="only 0 tokens are recorded"):
-        layer.crop(-1)
-
-
-def test_rows_of_a_tail_with_padding_follow_their_beams() -> None:
-    layer, qkv, slopes = lightning_layer(3, 20)
-    mask = torch.ones(3, 20, dtype=torch.bool)
-    mask[2, :15] = False
-    attend(layer, qkv[:, :5], slopes, mask[:, :5])
-    layer.crop(0)
-    attend(layer, qkv[:, 5:], slopes, mask[:, 5:])
-    layer.reorder_cache(torch.tensor([2, 0, 0]))
-    layer.crop(-2)
-    for row, source in enumerate([2, 0, 0]):
-        assert_state(layer, row, qkv[source, :18][mask[source, :18]], slopes)
 
 
 def test_a_cache_of_another_batch_is_refused(model: PreTrainedModel, ids: Tensor) -> None:
