@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Quantiles and plots are taken from at most this many tokens of each process, evenly spaced.
 SAMPLE_TOKENS = 65_536
 
+#: Variance of probabilities that is rounding.
+_NO_VARIANCE = 1e-24
+
 
 @dataclass(frozen=True)
 class Mismatch:
@@ -67,12 +70,13 @@ class Mismatch:
         logps = pairs.double()
         difference = (logps[:, 1] - logps[:, 0]).abs()
         x, y = logps.exp().unbind(1)
-        ones = torch.ones_like(x)
-        sums = torch.stack([part.sum() for part in (ones, x, y, x * x, y * y, x * y, difference)])
+        sums = _total([torch.ones_like(x), x, y, difference], accelerator)
+        count = sums[0].clamp(min=1.0)
+        x, y = x - sums[1] / count, y - sums[2] / count
+        moments = _total([x * x, y * y, x * y], accelerator) / count
         largest = difference.max() if len(difference) else difference.new_zeros(())
         sample = evenly_spaced(pairs.float(), SAMPLE_TOKENS)
         if accelerator is not None:
-            sums = accelerator.reduce(sums, reduction="sum")
             largest = accelerator.gather(largest).max()
             padded = accelerator.pad_across_processes(sample, dim=0, pad_index=math.nan)
             sample = accelerator.gather(padded)
@@ -82,8 +86,8 @@ class Mismatch:
         ratios = (sample[:, 1] - sample[:, 0]).double()
         return cls(
             tokens=int(sums[0]),
-            prob_pearson=_pearson(sums[:6].tolist()),
-            logp_diff_mean=float(sums[6] / sums[0]),
+            prob_pearson=_pearson(*moments.tolist()),
+            logp_diff_mean=float(sums[3] / count),
             logp_diff_max=float(largest),
             logp_diff_p99=quantile(ratios.abs(), 0.99),
             ratio_p01=math.exp(quantile(ratios, 0.01)),
@@ -105,10 +109,7 @@ def perplexity(log_probs: Tensor, mask: Tensor, accelerator: Accelerator | None 
     """
     selected = mask.bool() & ~log_probs.isnan()
     values = log_probs[selected].detach().double()
-    sums = torch.stack([values.sum(), torch.ones_like(values).sum()])
-    if accelerator is not None:
-        sums = accelerator.reduce(sums, reduction="sum")
-    total, count = sums.tolist()
+    total, count = _total([values, torch.ones_like(values)], accelerator).tolist()
     return math.exp(min(-total / count, 700.0)) if count else math.nan
 
 
@@ -171,9 +172,13 @@ def plot_mismatch(mismatch: Mismatch, path: Path, step: int) -> None:
     figure.savefig(path, dpi=200)
 
 
-def _pearson(sums: list[float]) -> float:
-    count, x, y, xx, yy, xy = sums
-    variance_x, variance_y = xx - x * x / count, yy - y * y / count
-    if variance_x <= 0 or variance_y <= 0:
+def _total(parts: list[Tensor], accelerator: Accelerator | None) -> Tensor:
+    """Sums of tensors over all processes."""
+    sums = torch.stack([part.sum() for part in parts])
+    return sums if accelerator is None else accelerator.reduce(sums, reduction="sum")
+
+
+def _pearson(variance_x: float, variance_y: float, covariance: float) -> float:
+    if min(variance_x, variance_y) <= _NO_VARIANCE:
         return math.nan
-    return (xy - x * y / count) / math.sqrt(variance_x * variance_y)
+    return covariance / math.sqrt(variance_x * variance_y)
