@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
 from transformers.cache_utils import Cache
 
-from minimax_plugin.architecture import EOS_TOKEN_ID, PAD_TOKEN_ID, RELEASED_VOCAB_SIZE, VOCAB_PADDING_START
+from minimax_plugin.architecture import EOS_TOKEN_ID, PAD_TOKEN_ID, RELEASED_VOCAB_SIZE
 from minimax_plugin.hf_modeling.cache import adopt_cache
+from minimax_plugin.vocabulary import padding_ids
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +53,16 @@ class MiniMaxM1GenerationMixin:
                     logger.warning("%s is not run: generate needs no code of the checkpoint", file)
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]
         generation_config = self.generation_config  # type: ignore[attr-defined]
-        if generation_config is None or self.config.vocab_size != RELEASED_VOCAB_SIZE:  # type: ignore[attr-defined]
+        if generation_config is None:
+            return
+        config = self.config  # type: ignore[attr-defined]
+        if generation_config.suppress_tokens is None:
+            embedding = self.get_input_embeddings().weight  # type: ignore[attr-defined]
+            whole = embedding.full_tensor() if isinstance(embedding, DTensor) else embedding
+            generation_config.suppress_tokens = padding_ids(config, whole.detach()) or None
+        if config.vocab_size != RELEASED_VOCAB_SIZE:
             return
         if generation_config.eos_token_id is None:
             generation_config.eos_token_id = EOS_TOKEN_ID
         if generation_config.pad_token_id is None:
             generation_config.pad_token_id = PAD_TOKEN_ID
-        if generation_config.suppress_tokens is None:
-            generation_config.suppress_tokens = list(range(VOCAB_PADDING_START, RELEASED_VOCAB_SIZE))

@@ -53,7 +53,8 @@ PAD_TOKEN_ID = 200_000
 UNK_TOKEN_ID = 200_021
 
 #: From this id on the rows of the released embedding and LM head belong to no token: the tokenizer has about 200,030
-#: entries. llama.cpp masks the same ids; sampling one of them shows as a missing word.
+#: entries. Sampling one of them shows as a missing word. Neither ``tokenizer.json`` nor the weights were at hand, so
+#: the number is a guess on the safe side; :func:`minimax_plugin.vocabulary.padding_ids` adds what the weights show.
 VOCAB_PADDING_START = 200_032
 
 

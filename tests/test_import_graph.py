@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"architecture", "checkpoint_files", "config_fields", "config_rules", "faults", "side_files"},
     "templates": set(),
     "repetition": set(),
+    "vocabulary": {"architecture"},
     "kernels": {"architecture"},
     "state_cache": {"kernels", "architecture"},
     "hf_modeling": {
@@ -41,8 +42,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint_files",
         "config_fields",
         "templates",
+        "vocabulary",
     },
-    "vllm_model": {"state_cache", "kernels", "architecture", "checkpoint", "config_fields", "templates", "repetition"},
+    "vllm_model": {
+        "state_cache",
+        "kernels",
+        "architecture",
+        "checkpoint",
+        "config_fields",
+        "templates",
+        "repetition",
+        "vocabulary",
+    },
     "registration": set(),  # names modules as strings
     "": {"registration"},  # the package itself
     "__main__": {"cli"},

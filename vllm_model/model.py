@@ -7,7 +7,7 @@ Shapes: ``T`` tokens of the step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from minimax_plugin.architecture import RELEASED_VOCAB_SIZE, VOCAB_PADDING_START, Architecture
+from minimax_plugin.architecture import Architecture
 from minimax_plugin.checkpoint import require_sound_files
 from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
@@ -50,11 +50,14 @@ from minimax_plugin.vllm_model.experts import SharedExpert, SharedExpertCoeffici
 from minimax_plugin.vllm_model.lightning import LightningAttention
 from minimax_plugin.vllm_model.settings import ModelSettings, require_fp32_state
 from minimax_plugin.vllm_model.weights import NAME_MAPPER, WeightLedger
+from minimax_plugin.vocabulary import padding_ids
 
 if TYPE_CHECKING:
     from minimax_plugin.vllm_model.model_state import LightningModelState
 
 logger = logging.getLogger(__name__)
+
+_EMBEDDING = "model.embed_tokens.weight"
 
 #: Values of ``--load-format`` with which vLLM hands over a whole checkpoint in one pass. With the others the first pass
 #: is a weight update, which may hold any part of the model.
@@ -191,8 +194,8 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(self.architecture.vocab_size)
         self._choose_head_dtype()
-        released_vocabulary = self.architecture.vocab_size == RELEASED_VOCAB_SIZE
-        self._masks_vocab_padding = released_vocabulary and getattr(self.config, "mask_vocab_padding", True)
+        self._suppressed_index: Tensor | None = None
+        self._suppress(None)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
         self._source = vllm_config.model_config.model
@@ -245,12 +248,15 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits [T, vocabulary] on the first rank, None on the others.
 
-        Rows of the released vocabulary that belong to no token are never sampled: such a token shows as a missing word.
-        Who has trained them as tokens sets ``mask_vocab_padding`` to false in the config.
+        Ids that belong to no token are never sampled: such a token shows as a missing word. Who has trained them as
+        tokens sets ``mask_vocab_padding`` to false in the config.
         """
         logits = self.logits_processor(self.lm_head, hidden_states)
-        if logits is not None and self._masks_vocab_padding:
-            logits[..., VOCAB_PADDING_START:] = -torch.inf
+        if logits is not None and self._suppressed_ids:
+            if self._suppressed_index is None or self._suppressed_index.device != logits.device:
+                # Made here rather than while loading: what is made there is lost when the weights are put to sleep.
+                self._suppressed_index = torch.tensor(self._suppressed_ids, device=logits.device)
+            logits.index_fill_(-1, self._suppressed_index, -torch.inf)
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -270,7 +276,8 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         if self._expects_whole_checkpoint:
             require_sound_files(self._source)
         ledger = WeightLedger(self.architecture, quantized=self.quant_config is not None, source=self._source)
-        loaded = AutoWeightsLoader(self).load_weights(ledger.watch(weights), mapper=self.hf_to_vllm_mapper)
+        checked = self._watch_embedding(ledger.watch(weights))
+        loaded = AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
         if self._expects_whole_checkpoint:
             self._expects_whole_checkpoint = False
             ledger.require_complete(self._is_elsewhere)
@@ -282,6 +289,17 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for block in self._expert_blocks():
             block.update_physical_experts(num_physical_experts, num_local_physical_experts)
+
+    def _watch_embedding(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Read the unused ids off the whole embedding, which passes every rank; each keeps a part of it or none."""
+        for name, tensor in weights:
+            if name == _EMBEDDING:
+                self._suppress(tensor)
+            yield name, tensor
+
+    def _suppress(self, embedding: Tensor | None) -> None:
+        self._suppressed_ids = padding_ids(self.config, embedding)
+        self._suppressed_index = None
 
     def _is_elsewhere(self, name: str) -> bool:
         foreign_expert = self._skips_foreign_experts and ".experts." in name

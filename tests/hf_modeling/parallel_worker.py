@@ -50,7 +50,8 @@ def main(path: Path, mode: str, result_path: Path) -> None:
     local = {name: local_size(parameter) for name, parameter in model.named_parameters()}
     if dist.get_rank() == 0:
         result = {"logits": logits, "generated": generated, "loss": full(loss).item(), "gradients": gradients}
-        torch.save(result | {"local": local, "heads": heads}, result_path)
+        result |= {"local": local, "heads": heads, "suppressed": model.generation_config.suppress_tokens}
+        torch.save(result, result_path)
     dist.barrier()
     dist.destroy_process_group()
 

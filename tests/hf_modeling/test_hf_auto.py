@@ -204,6 +204,26 @@ def test_generation_defaults_of_a_checkpoint_win(tmp_path: Path) -> None:
     assert (generation_config.eos_token_id, generation_config.pad_token_id) == (7, 8)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_without_an_embedding_are_not_generated(tmp_path: Path, tied: bool) -> None:
+    """The rest of a vocabulary that was rounded up: with a tied head its logit is 0, which may be the highest."""
+    config = tiny_config(tie_word_embeddings=tied)
+    tensors = random_tensors(config)
+    unused = [90, *range(120, 128)]
+    tensors["model.embed_tokens.weight"][unused] = 0
+    path = write_checkpoint(tmp_path, config, tensors)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert model.generation_config.suppress_tokens == unused
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: logits.index_fill(-1, torch.tensor(unused), 1e4))
+    generated = model.generate(random_ids(1, 4, 64), max_new_tokens=8)
+    assert not set(generated[0, 4:].tolist()) & set(unused)
+    config |= {"mask_vocab_padding": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert AutoModelForCausalLM.from_pretrained(path).generation_config.suppress_tokens is None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"suppress_tokens": [5]}))
+    assert AutoModelForCausalLM.from_pretrained(path).generation_config.suppress_tokens == [5]
+
+
 def test_other_vocabularies_get_no_defaults(tmp_path: Path) -> None:
     generation_config = AutoModelForCausalLM.from_pretrained(
         write_checkpoint(tmp_path, tiny_config())

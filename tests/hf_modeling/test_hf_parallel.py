@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hf_helpers import load_fp32, random_ids, relative_error
-from oracle import tiny_config, write_checkpoint
+from oracle import random_tensors, tiny_config, write_checkpoint
 
 from minimax_plugin.hf_modeling.compat import EXPERT_PARALLEL_TRAINS
 
@@ -43,14 +43,18 @@ def run_two_ranks(path: Path, mode: str, result: Path) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tp", "ep", "fsdp"])
 def test_two_ranks_equal_one(tmp_path: Path, mode: str) -> None:
-    path = write_checkpoint(tmp_path / "model", tiny_config(shared_intermediate_size=24))
-    ids = random_ids(2, 70)
+    config = tiny_config(shared_intermediate_size=24)
+    tensors = random_tensors(config)
+    tensors["model.embed_tokens.weight"][-5:] = 0  # ids that belong to no token
+    path = write_checkpoint(tmp_path / "model", config, tensors)
+    ids = random_ids(2, 70, 120)
     torch.save(ids, path / "ids.pt")
     result = run_two_ranks(path, mode, tmp_path / "result.pt")
 
     model = load_fp32(path)
     with torch.no_grad():
         assert (result["logits"] - model(ids).logits).abs().max() <= 1e-3
+    assert result["suppressed"] == model.generation_config.suppress_tokens == list(range(123, 128))
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert result["generated"].tolist() == expected.tolist()
     loss = model.train()(ids, labels=ids).loss

@@ -252,8 +252,12 @@ def test_the_operator_is_one_node_for_the_compiler() -> None:
 def test_padding_rows_of_the_released_vocabulary_are_never_sampled(
     masked: bool, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not tiny_model._masks_vocab_padding  # a vocabulary of another size has no such rows
-    monkeypatch.setattr(tiny_model, "_masks_vocab_padding", masked)
+    assert tiny_model._suppressed_ids == []  # a vocabulary of another size has no such rows
+    config = SimpleNamespace(vocab_size=200_064, mask_vocab_padding=masked)
+    monkeypatch.setattr(tiny_model, "config", config)
+    monkeypatch.setattr(tiny_model, "_suppressed_ids", [])
+    monkeypatch.setattr(tiny_model, "_suppressed_index", None)
+    tiny_model._suppress(None)
     logits = torch.zeros(2, 200_064)
     monkeypatch.setattr(tiny_model.logits_processor, "forward", lambda *_: logits)
     result = tiny_model.compute_logits(torch.zeros(2, 64))

@@ -116,6 +116,26 @@ def test_decay_tables_of_converted_checkpoints_are_ignored(tiny_model: Any) -> N
     assert _load(tiny_model, [(f"model.layers.0.self_attn.{name}", torch.ones(1)) for name in names]) == set()
 
 
+def test_ids_without_an_embedding_are_not_sampled(
+    tiny_model: Any, original: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers; also where a trainer sends new weights."""
+    monkeypatch.setattr(tiny_model.logits_processor, "forward", lambda head, hidden: torch.zeros(len(hidden), 128))
+    unused = [90, *range(120, 128)]
+    name = "model.embed_tokens.weight"
+    trained = original[name].clone()
+    original[name][unused] = 0
+    _load(tiny_model, original.items(), whole=True)
+    used = [i for i in range(128) if i not in unused]
+    for _ in range(2):
+        logits = tiny_model.compute_logits(torch.randn(3, 64))
+        assert logits[:, unused].isneginf().all() and logits[:, used].isfinite().all()
+    _load(tiny_model, [("model.norm.weight", original["model.norm.weight"])])
+    assert tiny_model.compute_logits(torch.randn(3, 64))[:, unused].isneginf().all()
+    _load(tiny_model, [(name, trained)])
+    assert tiny_model.compute_logits(torch.randn(3, 64)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     "name",
     [
