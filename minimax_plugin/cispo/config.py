@@ -196,15 +196,31 @@ class CISPOConfig(GRPOConfig):
     router_replay: str = field(
         default="off",
         metadata={
-            "help": "Experts of each token: 'off': chosen anew; 'train': those of the old-policy pass; 'rollout': "
-            "those of the rollout engine."
+            "help": "Experts of each token in the loss: 'off': chosen anew; 'train': those of the old-policy pass; "
+            "'rollout': those that vLLM sampled with, where it returns them (Model Runner V2), else as 'train'. "
+            "Their weights are always computed anew."
         },
+    )
+    router_module: str = field(
+        default="block_sparse_moe.gate",
+        metadata={"help": "How the names of the model's routers end, for router_replay. Qwen3-MoE: mlp.gate."},
     )
     pack_sequences: bool = field(
         default=False, metadata={"help": "Score completions packed into one row, without padding."}
     )
+    pack_max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "With pack_sequences: tokens of a packed row at most; a batch becomes as many rows as it takes, "
+            "one after the other. A longer sequence has a row of its own. None: no bound."
+        },
+    )
     head_chunk_tokens: int | None = field(
-        default=256, metadata={"help": "Tokens per chunk of the fp32 head; None for TRL's head, in one piece."}
+        default=256,
+        metadata={
+            "help": "Tokens whose logits exist at once when completions are scored. None for TRL's own head, which "
+            "takes up to 4096 tokens and an eighth of the vocabulary at once."
+        },
     )
 
     # Reports and checkpoints
@@ -222,6 +238,7 @@ class CISPOConfig(GRPOConfig):
         self._check_token_mask()
         self._check_rollouts()
         self._check_schedules()
+        self._check_scoring()
         super().__post_init__()
         RepetitionRule.from_config(self)
 
@@ -339,3 +356,28 @@ class CISPOConfig(GRPOConfig):
                 raise ValueError(f"{name} is {value}, but without length_stages there is no last stage; set both")
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, expected a positive number")
+
+    def _check_scoring(self) -> None:
+        for name in ("head_chunk_tokens", "pack_max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1, or None")
+        if self.pack_sequences and self.head_chunk_tokens is None:
+            raise ValueError(
+                "pack_sequences is True and head_chunk_tokens is None, but TRL's head scores padded batches only; set "
+                "head_chunk_tokens, for example to 256"
+            )
+        if self.pack_max_tokens is not None and not self.pack_sequences:
+            raise ValueError(
+                f"pack_max_tokens is {self.pack_max_tokens}, but without pack_sequences nothing is packed; set "
+                "pack_sequences=True"
+            )
+        if self.router_replay == "train" and self.importance_base == "sampler":
+            raise ValueError(
+                "router_replay is 'train', which takes routes from the old-policy pass, but importance_base='sampler' "
+                "leaves that pass out; set router_replay='rollout' or importance_base='train'"
+            )
+        if self.router_replay == "rollout" and not self.use_vllm:
+            raise ValueError(
+                "router_replay is 'rollout', which takes routes from vLLM; set use_vllm=True or router_replay='train'"
+            )

@@ -126,18 +126,25 @@ def check_expert_sizes(config: Any, tensor_parallel_size: int = 1) -> None:
 
 @contextmanager
 def exact_generation(
-    engine_arguments: Mapping[str, Any] | None = None, repetition: RepetitionRule | None = None
+    engine_arguments: Mapping[str, Any] | None = None,
+    repetition: RepetitionRule | None = None,
+    *,
+    return_routes: bool = False,
 ) -> Iterator[None]:
     """Let ``GRPOTrainer.__init__`` build an :class:`ExactVLLMGeneration`.
 
     Args:
         engine_arguments: further arguments of ``vllm.LLM`` in colocate mode.
         repetition: when to stop completions that repeat themselves.
+        return_routes: ask the engine which experts the tokens went to.
     """
     check_engine_arguments(engine_arguments or {})
     original = trl_grpo.VLLMGeneration
     trl_grpo.VLLMGeneration = functools.partial(
-        ExactVLLMGeneration, engine_arguments=engine_arguments, repetition=repetition
+        ExactVLLMGeneration,
+        engine_arguments=engine_arguments,
+        repetition=repetition,
+        return_routes=return_routes,
     )
     try:
         yield
@@ -153,10 +160,13 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
     Args:
         engine_arguments: further arguments of ``vllm.LLM`` in colocate mode, ``{"dtype": "float32"}`` for instance.
         repetition: when to stop completions that repeat themselves, None for never.
+        return_routes: ask the engine which experts the tokens went to; where it cannot tell, a warning says why.
 
     Attributes:
         stopped: for each completion of the last call of ``generate``, whether the repetition stop ended it. The end
             token that did so is not part of the completion.
+        returns_routes: whether the engine tells which experts the tokens went to.
+        routes: where it does, for each of them the experts [tokens, layers, K] of prompt and completion.
 
     Raises:
         ValueError: an engine argument is unknown or TRL sets it too; the model has no folder that vLLM can start from;
@@ -169,15 +179,21 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
         *args: Any,
         engine_arguments: Mapping[str, Any] | None = None,
         repetition: RepetitionRule | None = None,
+        return_routes: bool = False,
         **kwargs: Any,
     ) -> None:
         self._engine_arguments = dict(engine_arguments or {})
         self._repetition = repetition
+        self.returns_routes = return_routes
         self.stopped: list[bool] = []
+        self.routes: list[Any] | None = None
         super().__init__(*args, **kwargs)
 
     def _init_vllm(self) -> None:
         if self.mode != "colocate":
+            if self.returns_routes:
+                logger.warning("router replay: TRL's client of a vLLM server hands on no routes")
+                self.returns_routes = False
             super()._init_vllm()
             return
         import vllm
@@ -210,7 +226,15 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
         arguments |= self._engine_arguments
         if self._repetition is not None:
             arguments["logits_processors"] = [*(arguments.get("logits_processors") or []), RepetitionRule.processor]
-        return LLM(**arguments)
+        if not self.returns_routes:
+            return LLM(**arguments)
+        try:
+            with_routes = engine_arguments_for_routes(arguments)
+        except ValueError as error:
+            logger.warning("router replay: this vLLM engine returns no routes: %s", error)
+            self.returns_routes = False
+            return LLM(**arguments)
+        return _remembering_routes(LLM)(**with_routes)
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """Names as in the model without adapters, full tensors, one at a time; adapters merged into copies."""
@@ -241,6 +265,13 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
 
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         """As in TRL; completions that the repetition stop ended come without the end token that did it."""
+        result = self._generate_stopped(prompts, *args, **kwargs)
+        if self.returns_routes and self.mode == "colocate":
+            first = len(prompts) * self._rank_in_tp_group()
+            self.routes = self.llm.routes[first : first + len(prompts)]
+        return result
+
+    def _generate_stopped(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         if self._repetition is None:
             self.stopped = [False] * len(prompts)
             return super().generate(prompts, *args, **kwargs)
@@ -304,6 +335,40 @@ def _check_argument_names(arguments: Mapping[str, Any], engine_args: type) -> No
     unknown = sorted(arguments.keys() - known)
     if unknown:
         raise ValueError(f"vllm_llm_kwargs has {', '.join(unknown)}, which this vLLM does not know")
+
+
+def engine_arguments_for_routes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine arguments with those that make vLLM return the experts of every token (0.32 and later).
+
+    Raises:
+        ValueError: this vLLM, its model runner or these arguments do not allow it; the message says which.
+    """
+    from vllm import EngineArgs
+
+    wanted = {"enable_return_routed_experts": True, "enable_prefix_caching": True}
+    if wanted.keys() - {field.name for field in dataclasses.fields(EngineArgs)}:
+        raise ValueError("this release of vLLM has no enable_return_routed_experts")
+    if arguments.get("enable_prefix_caching") is False:
+        raise ValueError("it needs prefix caching, and vllm_llm_kwargs has enable_prefix_caching=False")
+    arguments = dict(arguments) | wanted
+    try:
+        EngineArgs(**arguments).create_engine_config()
+    except ValueError as error:  # pydantic wraps what vLLM says in lines of its own
+        reasons = [line.strip() for line in str(error).splitlines() if "error," in line] or [str(error)]
+        raise ValueError(reasons[0].split("error, ")[-1].split(" [type=")[0]) from error
+    return arguments
+
+
+def _remembering_routes(llm_class: Any) -> Any:
+    """A ``vllm.LLM`` that keeps the routes of the completions of its last call of ``generate``."""
+
+    class RoutedLLM(llm_class):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            outputs = super().generate(*args, **kwargs)
+            self.routes = [completion.routed_experts for output in outputs for completion in output.outputs]
+            return outputs
+
+    return RoutedLLM
 
 
 def judge_first_rollout(mismatch: Mismatch, args: Any) -> None:

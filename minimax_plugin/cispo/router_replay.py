@@ -75,6 +75,7 @@ class RouterReplay:
                 f"{type(model).__name__} has no module whose name ends in {router!r}, so there are no routes to "
                 "replay; set router_replay to 'off', or router_module to the end of the names of its routers"
             )
+        self._backbone = model.base_model
         self._names = list(routers)
         self.layers = [int(re.findall(r"\.(\d+)\.", name)[-1]) for name in self._names]
         self._batch: _Batch | None = None
@@ -82,8 +83,7 @@ class RouterReplay:
         self._entered: list[Token[_Call | None]] = []
         self._last_call_replayed = False
         self._checked: set[int] = set()
-        self._differing: Tensor | float = 0.0
-        self._compared: Tensor | float = 0.0
+        self._counts: Tensor | None = None
         self._checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self._handles = [
             # First in line: expert parallelism has a hook that renumbers the experts.
@@ -91,8 +91,8 @@ class RouterReplay:
             for number, module in enumerate(routers.values())
         ]
         self._handles += [
-            model.base_model.register_forward_pre_hook(self._before_call, with_kwargs=True),
-            model.base_model.register_forward_hook(self._after_call, always_call=True),
+            self._backbone.register_forward_pre_hook(self._before_call, with_kwargs=True),
+            self._backbone.register_forward_hook(self._after_call, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -127,11 +127,11 @@ class RouterReplay:
         if batch.row != routes.shape[0]:
             raise ValueError(f"routes are of {routes.shape[0]} rows, but the model ran {batch.row}")
 
-    def pop_disagreement(self) -> float | None:
-        """Share of the tokens and layers replayed since the last call of this that would have gone elsewhere."""
-        differing, compared = float(self._differing), float(self._compared)
-        self._differing = self._compared = 0.0
-        return differing / compared if compared else None
+    def pop_counts(self) -> Tensor:
+        """[2] fp32: of the tokens and layers replayed since the last call of this, how many would have gone to other
+        experts, and how many there are."""
+        counts, self._counts = self._counts, None
+        return torch.zeros(2, device=next(self._backbone.parameters()).device) if counts is None else counts
 
     @contextmanager
     def _over(self, batch: _Batch) -> Iterator[_Batch]:
@@ -147,8 +147,7 @@ class RouterReplay:
         if batch is not None and (row is None or row.batch_shape[0]):
             for module in self._checkpointing:
                 _carry_call(module, self._active)
-            inputs = kwargs.get("input_ids", args[0] if args else kwargs.get("inputs_embeds"))
-            call = _Call(tuple(inputs.shape[:2]) if row is None else row.batch_shape, row)
+            call = _Call(_padded_shape(args, kwargs) if row is None else row.batch_shape, row)
             if batch.routes is not None and not (row and row.idle):
                 call.routes = _routes_of(batch, call)
         self._last_call_replayed = call is not None and call.routes is not None
@@ -219,8 +218,8 @@ class RouterReplay:
     @torch.no_grad()
     def _compare(self, own: Tensor, replayed: Tensor, known: Tensor) -> None:
         differing = (own.sort(dim=1).values != replayed.sort(dim=1).values).any(dim=1)
-        self._differing = self._differing + differing.sum()
-        self._compared = self._compared + known.sum()
+        counts = torch.stack([differing.sum(), known.sum()]).float()
+        self._counts = counts if self._counts is None else self._counts + counts.to(self._counts.device)
 
 
 class _CarryCall:
@@ -278,7 +277,14 @@ def rollout_routes(
     return result.to(attention_mask.device)
 
 
-def _carry_call(module: nn.Module, active: ContextVar[_Call | None]) -> None:
+def _padded_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and tokens of a backbone's inputs."""
+    given = [args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    rows, length = next(tensor.shape[:2] for tensor in given if tensor is not None)
+    return rows, length
+
+
+def _carry_call(module: Any, active: ContextVar[_Call | None]) -> None:
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     if checkpoint is not None and not isinstance(checkpoint, _CarryCall):
         module._gradient_checkpointing_func = _CarryCall(checkpoint, active)

@@ -23,6 +23,9 @@ _REWARD_TOLERANCE = 1e-6
 #: Entries of a rollout that are padded on the left. All other entries per token are padded on the right.
 _LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
+#: What entries of a rollout are padded with that are neither ids nor take zero: -1 is no expert.
+_PADDING = {"expert_routes": -1}
+
 
 def total_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums [N] of the rewards [N, F] of F functions; NaN where none of them applies."""
@@ -201,7 +204,7 @@ def replace_rows(
         elif isinstance(old, Tensor) and old.ndim > 0:
             if len(old) != rows:
                 raise ValueError(f"{name} has {len(old)} entries for {rows} completions; use zero_variance='drop'")
-            pad = pad_token_id if name.endswith("_ids") else 0
+            pad = pad_token_id if name.endswith("_ids") else _PADDING.get(name, 0)
             old, new = (
                 _pad_to(name, entry, source, batch, fresh, pad) for entry, source in ((old, batch), (new, fresh))
             )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CISPO trainer: a thin composition over TRL's ``GRPOTrainer``.
 
-:mod:`~minimax_plugin.cispo.selection` makes rollouts, :mod:`~minimax_plugin.cispo.objective` their loss,
+:mod:`~minimax_plugin.cispo.selection` makes rollouts, :mod:`~minimax_plugin.cispo.scoring` their log-probabilities,
+:mod:`~minimax_plugin.cispo.objective` their loss,
 :mod:`~minimax_plugin.cispo.stages` applies schedules, :mod:`~minimax_plugin.cispo.checkpoint` saves and resumes.
 
 Every method of TRL that is overridden or relied on is listed in ``tests/cispo/test_trl_contract.py``, which fails when
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from minimax_plugin.cispo import metrics, sampling
 from minimax_plugin.cispo.checks import check_before_loading
 from minimax_plugin.cispo.config import CISPOConfig
-from minimax_plugin.cispo.objective import Objective, SkipEmptyUpdates
+from minimax_plugin.cispo.objective import SkipEmptyUpdates
 from minimax_plugin.cispo.repetition import RepetitionRule
 from minimax_plugin.cispo.rollout import exact_generation
+from minimax_plugin.cispo.scoring import Scoring
 from minimax_plugin.cispo.selection import Selection
 from minimax_plugin.cispo.stages import Stages
 
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 LARGEST = ("/ratio_max", "/logp_diff_max")
 
 
-class CISPOTrainer(Stages, Selection, Objective):
+class CISPOTrainer(Stages, Selection, Scoring):
     """Trains with CISPO (arXiv 2506.13585, section 3.1) instead of GRPO.
 
     Arguments are those of ``trl.GRPOTrainer``; ``args`` is a :class:`~minimax_plugin.cispo.config.CISPOConfig`.
@@ -74,7 +76,9 @@ class CISPOTrainer(Stages, Selection, Objective):
         if args.mismatch_plot_steps:
             metrics.require_matplotlib()
         self.repetition_rule = RepetitionRule.from_config(args)
-        with exact_generation(args.vllm_llm_kwargs, self.repetition_rule):
+        with exact_generation(
+            args.vllm_llm_kwargs, self.repetition_rule, return_routes=args.router_replay == "rollout"
+        ):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.rollout_statistics: dict[str, float] = {}
         self.prompt_pool = sampling.PromptPool(self.train_dataset, args.seed)
@@ -91,6 +95,7 @@ class CISPOTrainer(Stages, Selection, Objective):
         self._next_plot = 0
         self._window_tokens = 0.0
         self.start_schedules()
+        self.install_scoring()
         self.add_callback(SkipEmptyUpdates(self))
 
     def resumable_state(self) -> dict[str, Any]:

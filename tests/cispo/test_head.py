@@ -78,7 +78,8 @@ def test_equals_the_fp32_head_of_trl(with_entropy: bool) -> None:
     inputs, labels = [torch.randn(90, 48), torch.randn(500, 48).bfloat16()], torch.randint(0, 500, (90,))
     mix = torch.randn(90)
     ours, theirs = ([tensor.clone().requires_grad_() for tensor in inputs] for _ in range(2))
-    log_probs, entropy = token_log_probs(*ours, labels, temperature=1.3, chunk_tokens=32, with_entropy=with_entropy)
+    options: dict[str, Any] = {"temperature": 1.3, "chunk_tokens": 32, "with_entropy": with_entropy}
+    log_probs, entropy = token_log_probs(ours[0], ours[1], labels, **options)
     expected = kernels.ChunkedLogProbFunction.apply(*theirs, None, labels, 1.3, 128, None, 1.0, outputs)
     torch.testing.assert_close(log_probs, expected[0], atol=1e-5, rtol=1e-6)
     if with_entropy:
@@ -144,7 +145,7 @@ def test_a_sharded_weight_is_gathered(one_process: None) -> None:
     sharded = distribute_tensor(weight, init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
     token_log_probs(hidden, sharded, labels)[0].sum().backward()
     assert isinstance(sharded.grad, DTensor)
-    assert torch.equal(sharded.grad.full_tensor(), expected.grad)
+    assert expected.grad is not None and torch.equal(sharded.grad.full_tensor(), expected.grad)
 
 
 @pytest.mark.parametrize(

@@ -156,13 +156,13 @@ def test_tokens_without_a_route_choose_their_own(batch: Batch, model_dirs: dict[
     replay = RouterReplay(model)
     nothing = torch.full((6, 35, 4, 2), -1)
     assert torch.equal(score(model, batch, replay.replaying(nothing)).gradient, expected.gradient)
-    assert replay.pop_disagreement() is None
+    assert replay.pop_counts().tolist() == [0, 0]
     routes = record(model, replay, batch)
     score(model, batch, replay.replaying(torch.where(torch.arange(35)[:, None, None] < 7, routes, nothing)))
-    assert replay.pop_disagreement() == 0.0
+    assert replay.pop_counts().tolist() == [0, 6 * 7 * 4]
 
 
-def test_disagreement_counts_tokens_and_layers(batch: Batch, model_dirs: dict[str, Path]) -> None:
+def test_counts_of_what_was_rerouted_are_of_tokens_and_layers(batch: Batch, model_dirs: dict[str, Path]) -> None:
     model = make_model(model_dirs["m1"])
     replay = RouterReplay(model)
     routes = record(model, replay, batch)
@@ -170,10 +170,10 @@ def test_disagreement_counts_tokens_and_layers(batch: Batch, model_dirs: dict[st
     changed[0, 30, 0] = torch.tensor([e for e in range(NUM_EXPERTS) if e not in routes[0, 30, 0]])[:2]
     with torch.no_grad(), replay.replaying(changed):
         model(**batch.arguments(), fused_lm_head=True)
-    share = replay.pop_disagreement()
-    assert share is not None and share * 6 * 35 * 4 >= 1 - 1e-3
-    assert share * 6 * 35 * 4 <= 5 * 4  # later tokens and layers of that row may follow
-    assert replay.pop_disagreement() is None
+    differing, compared = replay.pop_counts().tolist()
+    assert compared == 6 * 35 * 4
+    assert 1 <= differing <= 5 * 4  # later tokens and layers of that row may follow
+    assert replay.pop_counts().tolist() == [0, 0]
 
 
 class TestOtherModels:
