@@ -90,6 +90,11 @@ class Worker:
             repetition: N and p of the repetition stop.
             options: of ``VLLMGeneration``.
         """
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            sys.path.append(str(Path(__file__).parents[1] / "vllm_model"))
+            from vllm_engine_process import pretend_triton_backend
+
+            pretend_triton_backend()
         from accelerate import Accelerator
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,6 +120,30 @@ class Worker:
         prompts = self._prompts()
         completions, logps = self._sample(prompts)
         return compare(logps, training_logps(self.model, prompts, completions))
+
+    def parity_with_routes(self, dtype: str) -> dict[str, Any]:
+        """As ``parity`` for a model in ``dtype`` and in fp32, with live routes and with those of the engine."""
+        from minimax_plugin.cispo.router_replay import RouterReplay, rollout_routes
+
+        prompts = self._prompts()
+        completions, logps = self._sample(prompts)
+        left, right = max(map(len, prompts)), max(map(len, completions))
+        mask = torch.zeros(len(prompts), left + right, dtype=torch.int64)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            mask[row, left - len(prompt) : left + len(completion)] = 1
+        routes = self.generation.routes
+        result: dict[str, Any] = {"shapes": [list(each.shape) for each in routes or []]}
+        for name in ("float32", dtype):
+            model = self.model.to(getattr(torch, name))
+            replay = RouterReplay(model)
+            with torch.no_grad():
+                result[f"{name} live"] = compare(logps, training_logps(model, prompts, completions))
+                with replay.replaying(rollout_routes(routes or [], mask, replay.layers)):
+                    result[f"{name} replayed"] = compare(logps, training_logps(model, prompts, completions))
+            rerouted, all_ = replay.pop_counts().tolist()
+            result[f"{name} rerouted"] = rerouted / all_
+            replay.remove()
+        return result
 
     def sync_unchanged(self, times: int) -> float:
         """Largest change of a log-probability after syncing the weights that the engine has already."""

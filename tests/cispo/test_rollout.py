@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_process import RolloutProcess, compare, ragged_prompts, sample_with_transformers, training_logps
+from rollout_process import (
+    NEW_TOKENS,
+    PROMPT_LENGTHS,
+    RolloutProcess,
+    compare,
+    ragged_prompts,
+    sample_with_transformers,
+    training_logps,
+)
 from transformers import AutoModelForCausalLM, MiniMaxConfig, MiniMaxForCausalLM
 
 from minimax_plugin.cli.tiny import TinyOptions, write_tiny_checkpoint
@@ -177,3 +185,35 @@ def test_bf16_rollouts(tiny_m1_dir: Path, cache: Path) -> None:
     assert measured["tokens"] >= 700
     assert measured["pearson"] >= 0.999, measured
     assert measured["max"] > 10 * EXACT["max"], "not bf16"
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_engine_routes_bring_bf16_rollouts_closer(tiny_m1_dir: Path, cache: Path) -> None:
+    """Model Runner V2, its Triton kernels interpreted, returns the experts of every token but the last."""
+    pytest.importorskip("triton", reason="Model Runner V2 needs Triton")
+    process = RolloutProcess(
+        cache,
+        model=str(tiny_m1_dir),
+        env={"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"},
+        engine={"dtype": "bfloat16"},
+        return_routes=True,
+    )
+    measured = process.ask("parity_with_routes", dtype="bfloat16")
+    process.close()
+    lengths = [length + NEW_TOKENS - 1 for length in PROMPT_LENGTHS]
+    assert measured["shapes"] == [[length, 4, 2] for length in lengths]
+    live, replayed = measured["bfloat16 live"], measured["bfloat16 replayed"]
+    assert replayed["pearson"] >= 0.9999, measured
+    assert 1 - replayed["pearson"] < 0.5 * (1 - live["pearson"]), measured
+    assert 0 < measured["bfloat16 rerouted"] < 0.05
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_an_engine_without_routes_says_so(tiny_m1_dir: Path, cache: Path) -> None:
+    """Model Runner V1, which serves on a CPU by default."""
+    process = RolloutProcess(cache, model=str(tiny_m1_dir), engine={"dtype": "float32"}, return_routes=True)
+    log = process.log()
+    process.close()
+    assert "this vLLM engine returns no routes: AuxOutput Connector requires Model Runner V2" in log
