@@ -171,6 +171,7 @@ class TestCheckPacking:
         ("family", "changes"),
         [
             ("minimax", {"num_local_experts": 2, "block_size": 8}),  # transformers' own, whose states run through
+            ("qwen3_next", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),  # likewise
             ("opt", {"ffn_dim": 32, "word_embed_proj_dim": 32}),  # takes positions from the mask
         ],
     )
