@@ -140,10 +140,8 @@ def test_torch_compile(tmp_path: Path, vllm_cache: Path) -> None:
 def test_model_runner_v2(tmp_path: Path, vllm_cache: Path) -> None:
     """The runner that serves GPUs, its Triton kernels interpreted; prefix cache (hits of 32) and small chunks."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    checkpoint = random_checkpoint(tmp_path, [0] * 7 + [1])
-    oracle = Oracle.from_dir(checkpoint)
-    (prompt,) = random_prompts([40], seed=7)
-    alone = oracle_case(oracle, prompt, 24)
+    checkpoint, cases = link_checkpoint(TEXT01, tmp_path), golden_case(TEXT01)
+    oracle = Oracle.from_dir(TEXT01)
     mixed = [oracle_case(oracle, prompt, 6) for prompt in random_prompts([1, 130, 5, 1, 170])]
     with EngineProcess(
         checkpoint,
@@ -153,7 +151,7 @@ def test_model_runner_v2(tmp_path: Path, vllm_cache: Path) -> None:
         prefix_match_unit=32,
     ) as engine:
         assert engine.facts()["runner"].endswith(".cpu.model_runner")
-        assert_equal(engine.generate([alone.prompt], len(alone.tokens)), [alone])
+        assert_equal(engine.generate([case.prompt for case in cases], len(cases[0].tokens)), cases)
         for _ in range(2):
             completions = engine.generate([case.prompt for case in mixed], 6)
             assert_equal(completions, mixed)
