@@ -53,7 +53,11 @@ def test_what_stays_fp32(tmp_path: Path, make: Callable[[Path], PreTrainedModel]
             assert output.past_key_values.layers[layer_idx].recurrent_states[0].dtype == torch.float32
             assert torch.equal(layer.self_attn.slopes(model.device).double(), slopes(4, layer_idx, 4))
             assert layer.self_attn.out_proj.weight.dtype == model.dtype
-    assert model.model.rotary_emb(output.logits, torch.arange(3)[None])[0].dtype == torch.float32
+    angles = 3000 * 1e7 ** -(torch.arange(8, dtype=torch.float64) / 8)
+    cos, sin = (x[0, 0] for x in model.model.rotary_emb(output.logits, torch.tensor([[3000]])))
+    assert cos.dtype == sin.dtype == torch.float32
+    assert (cos - angles.cos().repeat(2)).abs().max() <= 1e-3
+    assert (sin - angles.sin().repeat(2)).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16-module", "autocast"])
@@ -101,9 +105,10 @@ def test_norm_rounds_before_its_weight(dtype: torch.dtype) -> None:
     assert (norm(x) != expected).double().mean() <= 1e-3
 
 
-def test_logits_are_a_product_in_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16-module", "autocast"])
+def test_logits_are_a_product_in_fp32(tmp_path: Path, autocast: bool) -> None:
     model = loaded(write_checkpoint(tmp_path, tiny_config())).eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         output = model(random_ids(1, 9), output_hidden_states=True)
     expected = output.hidden_states[-1].double() @ model.lm_head.weight.double().T
     assert output.hidden_states[-1].dtype == model.lm_head.weight.dtype == torch.bfloat16

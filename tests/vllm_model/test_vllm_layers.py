@@ -144,6 +144,26 @@ def test_norm_spans_the_heads_of_all_ranks(distributed: None, monkeypatch: pytes
     assert all(partial.dtype == torch.float32 and partial.shape == (tokens,) for partial in reduced)
 
 
+def test_a_norm_weight_of_another_size_is_refused(distributed: None) -> None:
+    norm = HeadsRMSNorm(64)
+    with pytest.raises(ValueError, match=r"norm weight of a lightning layer has shape \(32,\), expected \(64,\)"):
+        HeadsRMSNorm.weight_loader(norm.weight, torch.ones(32))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_has_the_slopes_of_its_heads(
+    rank: int, tiny_config_of_vllm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightning_module, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(lightning_module, "get_tensor_model_parallel_rank", lambda: rank)
+    settings = ModelSettings.from_config(SimpleNamespace(**tiny_config(), rope_parameters={}))
+    layer = LightningAttention(settings, 1, tiny_config_of_vllm, prefix=f"ranks.{rank}")
+    assert layer.slopes.tolist() == oracle.slopes(4, 1, 4)[2 * rank : 2 * rank + 2].tolist()
+    assert layer.num_heads == 2 and layer.state_shape == (2, 32, 32)
+    with pytest.raises(ValueError, match=f"two layers are called 'ranks.{rank}'"):
+        LightningAttention(settings, 1, tiny_config_of_vllm, prefix=f"ranks.{rank}")
+
+
 def test_norm_uses_the_epsilon_of_the_released_module(distributed: None) -> None:
     """Inputs so small that 1e-6 and the 1e-5 of every other norm differ by a factor of three."""
     out = torch.full((1, 64), 1e-4)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recurrence import recurrence
+from recurrence import recurrence, split_heads
 from torch import Tensor
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -29,6 +29,9 @@ from minimax_plugin.vllm_model.metadata import (  # noqa: E402
 )
 
 NUM_SLOTS = 24
+
+#: What runners hand over under speculative decoding, and the field of :class:`Row` it comes from.
+COUNTS = (("num_accepted_tokens", "accepted"), ("num_decode_draft_tokens_cpu", "drafts"))
 
 
 @dataclass
@@ -89,10 +92,7 @@ def _common(rows: Sequence[Row]) -> Any:
 def _build(builder: LightningMetadataBuilder, rows: Sequence[Row]) -> LightningMetadata:
     extra: dict[str, Any] = {}
     if builder.use_spec_decode:
-        extra = {
-            "num_accepted_tokens": torch.tensor([row.accepted for row in rows], dtype=torch.int32),
-            "num_decode_draft_tokens_cpu": torch.tensor([row.drafts for row in rows], dtype=torch.int32),
-        }
+        extra = {name: torch.tensor([getattr(row, key) for row in rows], dtype=torch.int32) for name, key in COUNTS}
     return builder.build(0, _common(rows), **extra)
 
 
@@ -173,6 +173,31 @@ def test_a_drafted_prompt_of_one_token_leaves_the_prefill(config: Any, layer: An
     assert late.cu_seqlens.tolist() == [0, 4]
     assert late.read_slots.tolist() == [0]
     assert late.write_slots.tolist() == [[11, 12, 13, 14]]
+
+
+def test_late_decodes_leave_the_block_table_alone(config: Any, layer: Any) -> None:
+    """The slots of the prefill rows are a view of it, and it serves the other layer groups and the steps to come."""
+    rows = [Row(0, 4, 9, [7, 8, 9, 10]), Row(30, 1, 8, [11, 12, 13, 14], drafts=0, accepted=3)]
+    common, table = _common(rows), [list(row.slots) for row in rows]
+    counts = {name: torch.tensor([getattr(row, key) for row in rows], dtype=torch.int32) for name, key in COUNTS}
+    metadata = _builder(config, layer, drafts=3).build(0, common, **counts)
+    assert metadata.late_decodes is not None and metadata.state_indices_tensor_p.tolist() == [7, 0]
+    assert common.block_table_tensor.tolist() == table
+
+
+def test_a_decode_graph_wider_than_the_step_reads_no_row_behind_it(layer: Any) -> None:
+    """Slots are laid out for the captured batch, here of four rows; the step has two tokens."""
+    layer.state_pool.states[:4] = 0
+    slots = torch.tensor([[3], [0], [0], [0]], dtype=torch.int32)
+    qkv = torch.randn(2, layer.num_heads, 3 * layer.head_dim)
+    out, sumsq = torch.full((2, layer.num_heads, layer.head_dim), float("nan")), torch.empty(2, layer.num_heads)
+    metadata: Any = SimpleNamespace(
+        num_decodes=4, num_decode_tokens=4, state_indices_tensor_d=slots, read_slots_d=None, plan=None
+    )
+    layer.attend(qkv, out, sumsq, metadata)
+    q, k, v = split_heads(qkv[:1])
+    assert torch.allclose(out[:1].double(), recurrence(q, k, v, layer.slopes)[0], rtol=1e-4, atol=1e-5)
+    assert not out[1].any()
 
 
 def test_decodes_behind_a_prompt_continue_after_their_last_accepted_token(config: Any, layer: Any) -> None:

@@ -119,6 +119,24 @@ def test_graphs_that_split_elsewhere_only_are_refused(splitting_ops: list[str] |
         compat.require_splitting_op(config, compat.LIGHTNING_OP)
 
 
+def test_the_splitting_operator_is_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CompilationConfig
+
+    monkeypatch.setattr(CompilationConfig, "_attention_ops", ["vllm::other"])
+    for _ in range(2):
+        compat.add_splitting_op("minimax_plugin::test")
+    assert CompilationConfig._attention_ops == ["vllm::other", "minimax_plugin::test"]
+
+
+@pytest.mark.parametrize(
+    ("caching", "unit", "hits"), [(True, 32, True), (True, 128, False), (True, None, False), (False, 32, False)]
+)
+def test_parts_of_blocks_are_hit_only_with_a_smaller_unit(caching: bool, unit: int | None, hits: bool) -> None:
+    cache = SimpleNamespace(enable_prefix_caching=caching, prefix_match_unit=unit, block_size=128)
+    config: Any = SimpleNamespace(cache_config=cache)
+    assert compat.hits_parts_of_blocks(config) is hits
+
+
 def test_breakable_graphs_run_the_operator_between_their_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.compilation import breakable_cudagraph
 
@@ -138,6 +156,7 @@ def test_breakable_graphs_run_the_operator_between_their_pieces(monkeypatch: pyt
     [
         ("0.30.1", "refused"),
         ("0.31.0", "quiet"),
+        ("0.32.1", "quiet"),
         ("9.0.0", "warned"),
         ("dev", "warned"),
         ("0.1.dev1+g0123456", "warned"),

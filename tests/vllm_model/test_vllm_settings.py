@@ -57,6 +57,17 @@ def test_converted_factors_and_leftover_rotary_dim() -> None:
     assert settings.rope_parameters["partial_rotary_factor"] == 0.5
 
 
+@pytest.mark.parametrize("converted", [False, True], ids=["original", "converted"])
+def test_what_a_config_leaves_out_has_the_defaults_of_its_format(converted: bool) -> None:
+    config = _converted() if converted else _config()
+    for key in list(vars(config)):
+        if key.startswith("layernorm_") or key.endswith("_factor") or key == "postnorm":
+            delattr(config, key)
+    settings = ModelSettings.from_config(config)
+    assert {*settings.attention_factors.values(), settings.mlp_factors} == {ResidualFactors(1.0, 1.0)}
+    assert settings.postnorm is converted
+
+
 @pytest.mark.parametrize("head_dim", [2, 6, 44, 48, 96, 128, 160])
 def test_rotated_share_survives_truncation(head_dim: int) -> None:
     for rotary_dim in range(2, head_dim + 1, 2):

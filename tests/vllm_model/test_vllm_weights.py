@@ -242,6 +242,26 @@ def test_a_tensor_that_comes_twice_is_named(tiny_model: Any, original: dict[str,
         _load(tiny_model, [*original.items(), (name, original[name])])
 
 
+def test_half_of_the_fused_experts_is_not_all_of_them(tiny_model: Any, original: dict[str, Tensor]) -> None:
+    fused = _in_memory_names(original, "mlp")
+    del fused["model.layers.2.mlp.experts.down_proj"]
+    with pytest.raises(ValueError, match=r"lacks 4 of the \d+ .*: model.layers.2.block_sparse_moe.experts.0.w2.weight"):
+        _load(tiny_model, fused.items(), whole=True)
+
+
+def test_what_other_ranks_hold_is_not_missed_here(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts where vLLM reads only those of a rank, and layers of another pipeline stage."""
+    from minimax_plugin.vllm_model import model as model_module
+
+    names = ("model.layers.0.block_sparse_moe.experts.1.w1.weight", "model.layers.3.self_attn.o_proj.weight")
+    monkeypatch.setattr(tiny_model, "_skips_foreign_experts", False)
+    assert [tiny_model._is_elsewhere(name) for name in names] == [False, False]
+    monkeypatch.setattr(tiny_model, "_skips_foreign_experts", True)
+    assert [tiny_model._is_elsewhere(name) for name in names] == [True, False]
+    monkeypatch.setattr(model_module, "is_pp_missing_parameter", lambda name, model: ".layers.3." in name)
+    assert [tiny_model._is_elsewhere(name) for name in names] == [True, True]
+
+
 def test_tensors_of_other_ranks_are_not_missed(tiny_checkpoint: Path) -> None:
     config, tensors = load_checkpoint(tiny_checkpoint)
     ledger = WeightLedger(Architecture.from_config(config), quantized=False, source="somewhere")
