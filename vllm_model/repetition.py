@@ -331,7 +331,7 @@ class RepetitionStopV2(_V2):
                 self.requests.park(slot, earlier)
 
 
-class RepetitionStop(_V1, _V2):  # type: ignore[misc]
+class RepetitionStop(_V1, _V2):
     """The class to name to an engine: makes the processor that its model runner takes."""
 
     def __new__(cls, vllm_config: VllmConfig, *rest: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ def full_parameters(model: nn.Module, *, device: torch.device | None = None) -> 
     yield from _merged_parameters(model, device)
 
 
-def full_tensor(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+def full_tensor(tensor: Any, device: torch.device | None = None) -> Tensor:
     """The tensor without autograd, gathered if it is sharded.
 
     Raises:
@@ -87,7 +88,7 @@ def _merged_parameters(model: nn.Module, device: torch.device | None) -> Iterato
         yield _plain_name(".".join(parts)), tensor
 
 
-def _merge(base: nn.Module, layers: list, device: torch.device | None) -> dict[int, Tensor]:
+def _merge(base: nn.Module, layers: list[Any], device: torch.device | None) -> dict[int, Tensor]:
     """Merged values of a base module's own parameters, by the id of the parameter; nothing is changed."""
     owners = [base, *(module for layer in layers for module in _adapter_modules(layer))]
     identities = {name: id(parameter) for name, parameter in base.named_parameters(recurse=False)}
@@ -120,20 +121,20 @@ def _stand_ins(modules: Iterable[nn.Module], device: torch.device | None) -> Ite
             module._parameters.update(parameters)
 
 
-def _adapter_modules(layer: nn.Module) -> Iterator[nn.Module]:
+def _adapter_modules(layer: Any) -> Iterator[nn.Module]:
     for name in (*layer.adapter_layer_names, *layer.other_param_names):
         holder = getattr(layer, name, None)
         if isinstance(holder, nn.Module):
             yield from holder.modules()
 
 
-def _adapter_parameters(layers: Iterable[nn.Module]) -> Iterator[nn.Parameter]:
+def _adapter_parameters(layers: Iterable[Any]) -> Iterator[nn.Parameter]:
     for layer in layers:
         for module in _adapter_modules(layer):
             yield from module.parameters(recurse=False)
 
 
-def _active_adapters(model: nn.Module) -> list[str]:
+def _active_adapters(model: Any) -> list[str]:
     active = model.active_adapter
     return [active] if isinstance(active, str) else list(active)
 

@@ -186,6 +186,7 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
         self._repetition = repetition
         self.returns_routes = return_routes
         self.stopped: list[bool] = []
+        self.generation_kwargs: dict[str, Any]
         self.routes: list[Any] | None = None
         super().__init__(*args, **kwargs)
 
@@ -294,7 +295,8 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
     @contextmanager
     def _naming_requests(self) -> Iterator[list[str]]:
         """Ask for the stop under a name of its own for every request of the next ``llm.generate``."""
-        assert self._repetition is not None
+        rule = self._repetition
+        assert rule is not None
         names: list[str] = []
         generate = self.llm.generate
 
@@ -304,7 +306,7 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
             each = []
             for name in names:
                 params = sampling_params.clone()
-                params.extra_args = (params.extra_args or {}) | self._repetition.extra_args(name)
+                params.extra_args = (params.extra_args or {}) | rule.extra_args(name)
                 each.append(params)
             return generate(prompts, sampling_params=each, **kwargs)
 
@@ -318,7 +320,7 @@ class ExactVLLMGeneration(trl_generation.VLLMGeneration):
     def _asking_server(self) -> Iterator[None]:
         """A server that was started with the logits processor stops early; completions are cut in any case."""
         assert self._repetition is not None
-        original = self.generation_kwargs
+        original: dict[str, Any] = self.generation_kwargs
         extra = self._repetition.extra_args(None) | original.get("vllm_xargs", {})
         self.generation_kwargs = original | {"vllm_xargs": extra}
         try:

@@ -36,7 +36,13 @@ PROMPT_LENGTHS = (1, 2, 7, 31, 64, 129, 200, 300)
 
 
 class RolloutProcess:
-    """Starts the process; ``ask(command, **arguments)`` returns what the function of that name below returns."""
+    """Starts the process; ``ask(command, **arguments)`` returns what the method of :class:`Worker` returns.
+
+    Args:
+        cache_root: folder for vLLM's caches.
+        env: further environment variables.
+        start: arguments of :meth:`Worker.start`; none for a process that is only to ``train``.
+    """
 
     def __init__(self, cache_root: Path, env: dict[str, str] | None = None, **start: Any) -> None:
         requests_read, self._requests = os.pipe()
@@ -54,7 +60,8 @@ class RolloutProcess:
         os.close(requests_read)
         os.close(replies_write)
         self._reader = os.fdopen(replies, "r")
-        self.ask("start", **start)
+        if start:
+            self.ask("start", **start)
 
     def ask(self, command: str, **arguments: Any) -> Any:
         with suppress(BrokenPipeError):  # a process that died is noticed below, with what it said
@@ -144,6 +151,65 @@ class Worker:
             result[f"{name} rerouted"] = rerouted / all_
             replay.remove()
         return result
+
+    def train(self, model: str, steps: int, repack: bool = True, **settings: Any) -> dict[str, Any]:
+        """Train with colocated fp32 vLLM.
+
+        Args:
+            model: checkpoint folder with a tokenizer.
+            steps: number of updates, each on a rollout of its own.
+            repack: whether experts are packed anew after a sync.
+            settings: of ``CISPOConfig``.
+
+        Returns:
+            ``log``, one entry per update, ``moved``, the largest change of a weight, and ``error``, what was raised.
+        """
+        from datasets import Dataset
+
+        from minimax_plugin.cispo import CISPOConfig, CISPOTrainer
+
+        def even_share(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+            return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+        words = ["river", "12 names", "the old stone bridge", "what do you see?"]
+        with tempfile.TemporaryDirectory() as folder:
+            options: dict[str, Any] = {
+                "output_dir": folder,
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                "report_to": "none",
+                "save_strategy": "no",
+                "disable_tqdm": True,
+                "logging_steps": 1,
+                "max_steps": steps,
+                "learning_rate": 1e-3,
+                "lr_scheduler_type": "constant",
+                "per_device_train_batch_size": 8,
+                "num_generations": 4,
+                "max_completion_length": 24,
+                "use_vllm": True,
+                "vllm_mode": "colocate",
+                "vllm_max_model_length": 128,
+                "vllm_llm_kwargs": {"dtype": "float32", "enforce_eager": True},
+                "rollout_check": "error",
+            }
+            trainer = CISPOTrainer(
+                model=model,
+                reward_funcs=even_share,
+                args=CISPOConfig(**options | settings),
+                train_dataset=Dataset.from_dict({"prompt": words * 4}),
+            )
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        error = None
+        with patched(weight_sync, "repack_experts", lambda model: 0) if not repack else nullcontext():
+            try:
+                trainer.train()
+            except ValueError as raised:
+                error = str(raised)
+        moved = max((x - y).abs().max().item() for x, y in zip(before, trainer.model.parameters(), strict=True))
+        steps_logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {"log": steps_logged, "moved": moved, "error": error}
 
     def sync_unchanged(self, times: int) -> float:
         """Largest change of a log-probability after syncing the weights that the engine has already."""
@@ -240,7 +306,10 @@ class Worker:
         with torch.no_grad():
             self.model.lm_head.weight.mul_(head)
         self.generation.sync_weights()
-        rule, self.generation._repetition = self.generation._repetition, None
+        rule = self.generation._repetition
+        assert rule is not None
+        probability = rule.probability
+        self.generation._repetition = None
         self.generation.temperature = temperature
         self.generation.generation_kwargs = {"seed": 7}
         free = self.generation.generate(prompts, None, 1)[1]
@@ -256,7 +325,7 @@ class Worker:
             "flags": flags,
             "eos": self.generation.processing_class.eos_token_id,
             "limits": limits,
-            "mixed": self._generate_mixed(prompts, limits, temperature, rule.probability),
+            "mixed": self._generate_mixed(prompts, limits, temperature, probability),
         }
         self.generation.temperature = 1.0
         with torch.no_grad():

@@ -115,7 +115,7 @@ def test_a_hundred_merges_leave_every_bit(model_dirs: dict[str, Path]) -> None:
 def test_an_interrupted_iteration_leaves_the_model(model_dirs: dict[str, Path]) -> None:
     model = with_adapter(load(model_dirs["m1"]), target_modules=["qkv_proj"], target_parameters=EXPERTS)
     before = snapshot(model)
-    weights = full_parameters(model)
+    weights: Any = full_parameters(model)
     for _ in range(8):
         next(weights)
     weights.close()
@@ -155,7 +155,7 @@ def test_an_adapter_that_is_merged_already(model_dirs: dict[str, Path]) -> None:
 def test_names_without_wrappers(model_dirs: dict[str, Path]) -> None:
     model = load(model_dirs["qwen3"])
     expected = [name for name, _ in model.named_parameters()]
-    compiled = torch.compile(model)
+    compiled: Any = torch.compile(model)
     assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
     assert [name for name, _ in full_parameters(compiled)] == expected
 

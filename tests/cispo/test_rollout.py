@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,16 @@ def test_the_measure_sees_a_wrong_model(rollout_prompts: list[list[int]], tmp_pa
     """transformers' own model of the family, with equal weights: it asks its first layer how many tokens the cache
     holds, which a lightning layer does not know, and generates wrongly from left-padded prompts."""
     # Its heads are always rotated as a whole.
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    options = TinyOptions(**sizes, head_dim=32, rotary_dim=32, vocab_size=320, attn_type_list=(0, 1, 0, 1))
+    options = TinyOptions(
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        rotary_dim=32,
+        vocab_size=320,
+        attn_type_list=(0, 1, 0, 1),
+    )
     write_tiny_checkpoint(tmp_path / "m1", options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m1", dtype=torch.float32).eval()
     other = same_weights_in_transformers_own_model(model)
@@ -98,9 +107,11 @@ def test_the_measure_sees_a_wrong_model(rollout_prompts: list[list[int]], tmp_pa
 
 def same_weights_in_transformers_own_model(model: Any) -> Any:
     ours = model.config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "layer_types")
-    names += ("rope_parameters", "rms_norm_eps")
+    names = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "num_local_experts", "num_experts_per_tok", "layer_types"),
+        *("rope_parameters", "rms_norm_eps"),
+    ]
     factors = {
         f"{kind}_{factor}_factor": getattr(ours, f"layernorm_{long}_{factor}")
         for kind, long in (("linear_attn", "linear_attention"), ("full_attn", "full_attention"), ("mlp", "mlp"))
@@ -217,3 +228,53 @@ def test_an_engine_without_routes_says_so(tiny_m1_dir: Path, cache: Path) -> Non
     log = process.log()
     process.close()
     assert "this vLLM engine returns no routes: AuxOutput Connector requires Model Runner V2" in log
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_updates_with_vllm(tiny_m1_dir: Path, cache: Path) -> None:
+    """32 updates of all weights, each on a rollout of its own."""
+    process = RolloutProcess(cache)
+    result = process.ask("train", model=str(tiny_m1_dir), steps=32)
+    process.close()
+    assert result["error"] is None
+    assert result["moved"] > 0.01
+    differences = [entry["sampling/sampling_logp_difference/max"] for entry in result["log"]]
+    assert len(differences) == 32
+    assert max(differences) <= EXACT["max"], differences
+    assert min(entry["rollout/prob_pearson"] for entry in result["log"]) >= EXACT["pearson"]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_updates_of_another_family(tiny_qwen3_dir: Path, cache: Path, tmp_path: Path) -> None:
+    """Qwen3, so sure of itself that some completions are cut."""
+    path = tmp_path / "sure"
+    shutil.copytree(tiny_qwen3_dir, path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8.0)
+    model.save_pretrained(path)
+    process = RolloutProcess(cache)
+    result = process.ask("train", model=str(path), steps=4, repetition_stop_tokens=2)
+    process.close()
+    assert result["error"] is None
+    assert result["moved"] > 1e-3
+    assert max(entry["sampling/sampling_logp_difference/max"] for entry in result["log"]) <= EXACT["max"]
+    shares = [entry["repetition/truncated_frac"] for entry in result["log"]]
+    assert len(shares) == 4
+    assert max(shares) > 0
+    for entry, share in zip(result["log"], shares, strict=True):
+        assert entry["completions/clipped_ratio"] >= share
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_first_rollout_is_checked(tiny_m1_dir: Path, cache: Path) -> None:
+    """With experts in the wrong layout the training ends before its first update, saying how far off it was."""
+    process = RolloutProcess(cache)
+    result = process.ask("train", model=str(tiny_m1_dir), steps=2, repack=False)
+    process.close()
+    assert result["log"] == []
+    assert result["moved"] == 0
+    assert "the first rollout does not match the training forward pass" in result["error"]

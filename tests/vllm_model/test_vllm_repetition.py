@@ -6,14 +6,18 @@ from __future__ import annotations
 import copy
 import math
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from vllm_engine_process import INTERPRETED_TRITON_ENV, EngineProcess
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -129,10 +133,13 @@ def test_v1(seed: int) -> None:
     rng, processor = random.Random(seed), v1_processor()
     assert isinstance(processor, RepetitionStopV1)
     requests = make_requests(rng, 20)
-    waiting, rows = list(requests), [None] * ROWS
+    waiting = list(requests)
+    rows: list[Any] = [None] * ROWS
     stopped: set[str] = set()
     while waiting or any(rows):
-        removed, added, moved = [], [], []
+        removed: list[int] = []
+        added: list[Any] = []
+        moved: list[Any] = []
         for row, request in enumerate(rows):
             if request is not None and (request.done or rng.random() < 0.15):
                 removed.append(row)
@@ -188,7 +195,9 @@ def test_v2(seed: int) -> None:
     processor = RepetitionStop(SimpleNamespace(speculative_config=None), states)
     assert isinstance(processor, RepetitionStopV2)
     requests = make_requests(rng, 20)
-    waiting, slots, computed = list(requests), [None] * ROWS, [0] * ROWS
+    waiting = list(requests)
+    slots: list[Any] = [None] * ROWS
+    computed = [0] * ROWS
     while waiting or any(slots):
         for slot, request in enumerate(slots):
             if request is not None and (request.done or rng.random() < 0.15):
@@ -282,3 +291,39 @@ def test_no_entry_point() -> None:
 
     groups = {entry.group for entry in distribution("minimax-plugin").entry_points}
     assert "vllm.logits_processors" not in groups
+
+
+@pytest.mark.slow
+def test_model_runner_v2(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path) -> None:
+    """A whole engine, its Triton kernels interpreted: 16 of 16 sequences end where a count after the fact says."""
+    path = tmp_path / "sure"
+    shutil.copytree(tiny_checkpoint, path)
+    (weights,) = path.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] * 24
+    save_file(tensors, weights)
+    prompts = [[20 + index, *range(index % 5)] for index in range(16)]
+    stop = 3
+    limits = [None if index % 4 == 3 else 4 + index % 3 for index in range(16)]
+    asked = [
+        {} if limit is None else {"repetition_stop_tokens": limit, "repetition_stop_token_id": stop} for limit in limits
+    ]
+    engine = EngineProcess(
+        path,
+        vllm_cache,
+        env=INTERPRETED_TRITON_ENV,
+        max_num_seqs=4,
+        logits_processors=["minimax_plugin.vllm_model.repetition:RepetitionStop"],
+    )
+    with engine:
+        assert engine.facts()["runner"].endswith(".cpu.model_runner")
+        free = engine.generate(prompts, 24, stop=stop)
+        stopped = engine.generate(prompts, 24, extra_args=asked, stop=stop)
+    cut = 0
+    for limit, before, after in zip(limits, free, stopped, strict=True):
+        likely = [value > math.log(0.99) for value in before.logprobs]
+        limit = limit or 1000
+        end = next((i for i in range(limit, len(likely)) if all(likely[i - limit : i])), None)
+        assert after.tokens == (before.tokens if end is None else [*before.tokens[:end], stop])
+        cut += end is not None
+    assert 3 <= cut <= 12, "loops and sequences without one are needed"

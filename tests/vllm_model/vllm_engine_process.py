@@ -105,9 +105,20 @@ class EngineProcess:
         self._reader.close()
         self._log.close()
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, lora: str | None = None) -> list[Completion]:
-        """Greedy continuations of all prompts in one batch."""
-        request = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "lora": lora}
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        lora: str | None = None,
+        extra_args: Sequence[dict[str, Any]] | None = None,
+        stop: int | None = None,
+    ) -> list[Completion]:
+        """Greedy continuations of all prompts in one batch.
+
+        ``extra_args`` are those of the sampling parameters, one per prompt; ``stop`` is a token that ends a completion.
+        """
+        request: dict[str, Any] = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}
+        request |= {"lora": lora, "extra_args": extra_args or [{}] * len(prompts), "stop": stop}
         return [Completion(**item) for item in self._call("generate", request)]
 
     def prompt_logprobs(self, prompt: Sequence[int]) -> list[list[float]]:
@@ -224,9 +235,18 @@ def _serve(requests_fd: int, replies_fd: int) -> None:
             if command == "start":
                 llm = LLM(**argument)
             elif command == "generate":
-                sampling = SamplingParams(
-                    temperature=0, max_tokens=argument["max_tokens"], ignore_eos=True, detokenize=False, logprobs=1
-                )
+                sampling = [
+                    SamplingParams(
+                        temperature=0,
+                        max_tokens=argument["max_tokens"],
+                        ignore_eos=True,
+                        stop_token_ids=[] if argument["stop"] is None else [argument["stop"]],
+                        detokenize=False,
+                        logprobs=1,
+                        extra_args=extra_args,
+                    )
+                    for extra_args in argument["extra_args"]
+                ]
                 outputs = llm.generate(
                     [{"prompt_token_ids": prompt} for prompt in argument["prompts"]],
                     sampling,
