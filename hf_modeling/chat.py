@@ -93,11 +93,14 @@ class ControlTokens:
         if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
             raise ValueError(f"a chat is {reprlib.repr(messages)}, expected a list of messages")
         chat = [self.neutral(message) for message in messages]
+        for message in chat:
+            if not isinstance(message, dict):
+                raise ValueError(f"a message is {reprlib.repr(message)}, expected an object with a role and a content")
         slots_of_system: list[tuple[Any, Any]] = []
         groups = [slots_of_system]
         for message in chat:
             slots = list(_text_slots(message))
-            if slots and message.get("role") == "system":
+            if message.get("role") == "system":
                 slots_of_system += slots
             else:
                 groups.append(slots)
@@ -121,9 +124,9 @@ def control_tokens(tokens: frozenset[str]) -> ControlTokens:
     return ControlTokens(tokens)
 
 
-def _text_slots(message: Any) -> Iterable[tuple[Any, Any]]:
+def _text_slots(message: dict[Any, Any]) -> Iterable[tuple[Any, Any]]:
     """Where the text of a message stands, as (container, key)."""
-    content = message.get("content") if isinstance(message, dict) else None
+    content = message.get("content")
     if isinstance(content, str):
         yield message, "content"
     elif isinstance(content, list):

@@ -137,7 +137,7 @@ def _check_final_messages(chats: list[list[Any]], key: Any) -> None:
         return
     key = key if isinstance(key, str) else "content"
     for chat in chats:
-        text = chat[-1].get(key) if chat and isinstance(chat[-1], dict) else None
+        text = chat[-1].get(key) if chat else None
         if isinstance(text, list):
             parts = [part["text"] for part in text if isinstance(part, dict) and "text" in part]
             text = parts[-1] if parts else None

@@ -124,7 +124,6 @@ NAMED = {"name": "f", "arguments": {}}
     [
         ({"role": "user", "content": [{"type": "image", "url": "x"}]}, "text only, got a content part of type image"),
         ({"role": "critic", "content": "x"}, "got critic"),
-        ("hello", "a message is hello, expected an object"),
         ({"role": "user", "content": 5}, "content of a message of role user is 5, expected text or a list"),
         ({"role": "system", "content": True}, "content of a message of role system is True"),
         ({"role": "assistant", "content": 0}, "content of a message of role assistant is 0"),
@@ -150,6 +149,12 @@ NAMED = {"name": "f", "arguments": {}}
 def test_what_the_model_cannot_take_is_refused(message: Any, error: str) -> None:
     with pytest.raises(TemplateError, match=error):
         render(chat_template(), [message])
+
+
+def test_a_message_that_is_no_object_is_refused() -> None:
+    """Where nothing looks at messages before the template does, as transformers 5.23 does."""
+    with pytest.raises(TemplateError, match="a message is hello, expected an object"):
+        _compile_jinja_template(chat_template()).render(messages=["hello"])
 
 
 @pytest.mark.parametrize("tool", [{"type": "function", "function": {"description": "d"}}, {"name": 5}, {"name": ""}])

@@ -264,7 +264,8 @@ for _ in range(5000):
         ([{"role": "user", "content": "x"}], {"tools": [{"name": "f", (1, 2): 3}]}, "the key .1, 2. of type tuple"),
         ([{"role": "assistant", "content": 5}], {"continue_final_message": True}, "content of the last message is 5"),
         ([{"role": "assistant", "content": [{"text": None}]}], {"continue_final_message": True}, "is None, expected"),
-        (["x"], {"continue_final_message": True}, "expected text"),
+        (["x"], {"continue_final_message": True}, "a message is 'x', expected an object with a role"),
+        ([{"role": "user", "content": "x"}, None], {}, "a message is None, expected an object with a role"),
     ],
 )
 def test_what_is_no_chat_is_refused_in_one_line(
@@ -273,6 +274,40 @@ def test_what_is_no_chat_is_refused_in_one_line(
     with pytest.raises(ValueError, match=error) as caught:
         tokenizer.apply_chat_template(chat, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(), st.sampled_from(["", "x", "tool", "\ud800"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.sampled_from(["text", "type", "name", "function", "arguments", "id"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+JUNK_MESSAGE = st.one_of(
+    JUNK,
+    st.fixed_dictionaries(
+        {"role": st.one_of(st.sampled_from(["system", "user", "assistant", "tool"]), JUNK)},
+        optional=dict.fromkeys(["content", "tool_calls", "tool_call_id", "name"], JUNK),
+    ),
+)
+
+
+@settings(max_examples=300)
+@given(
+    chat=st.one_of(JUNK, st.lists(JUNK_MESSAGE, max_size=3)),
+    schemas=st.one_of(st.none(), st.lists(JUNK, max_size=2)),
+    continued=st.booleans(),
+)
+def test_junk_is_rendered_or_refused_in_one_line(
+    tokenizer: MiniMaxM1Tokenizer, chat: Any, schemas: Any, continued: bool
+) -> None:
+    try:
+        text = tokenizer.apply_chat_template(chat, schemas, tokenize=False, continue_final_message=continued)
+    except ValueError as error:
+        assert str(error).strip()
+        return
+    assert all(part.startswith("<begin_of_document>") for part in ([text] if isinstance(text, str) else text))
 
 
 def test_messages_of_the_openai_client(tokenizer: MiniMaxM1Tokenizer) -> None:
