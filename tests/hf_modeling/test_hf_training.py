@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minimax_plugin.hf_modeling.configuration_minimax_m1 import MiniMaxM1Config
+from minimax_plugin.hf_modeling.layers import MiniMaxM1Experts, MiniMaxM1SparseMoeBlock
+
 LINEARS = ["qkv_proj", "output_gate", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj"]
 
@@ -149,6 +152,39 @@ def test_router_noise_only_while_training(tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, model(ids).logits)
         model.train()
         assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_router_noise_is_a_factor_around_one() -> None:
+    """Of what router and experts see alike, drawn anew for every value, as in Switch Transformers' own code."""
+    block = MiniMaxM1SparseMoeBlock(MiniMaxM1Config(**tiny_config(router_jitter_noise=0.1))).train()
+    torch.nn.init.normal_(block.gate.weight)
+    seen: list[Tensor] = []
+    block.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block.experts.forward = lambda hidden, indices, weights: seen.append(hidden) or hidden
+    x = torch.randn(2, 200, 48)
+    assert torch.equal(block(x).flatten(0, 1), seen[0]) and torch.equal(*seen)
+    factor = seen[0] / x.flatten(0, 1)
+    assert 0.9 - 1e-6 <= factor.min() <= 0.91 and 1.09 <= factor.max() <= 1.1 + 1e-6
+    assert abs(factor.mean() - 1) <= 0.003
+
+
+def test_experts_of_other_ranks_add_nothing() -> None:
+    """Under expert parallelism the index behind the last local expert stands for all that are elsewhere."""
+    config = MiniMaxM1Config(**tiny_config())
+    config._experts_implementation = "eager"
+    experts = MiniMaxM1Experts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    x, weights = torch.randn(3, 48), torch.rand(3, 2)
+    indices = torch.tensor([[0, 4], [4, 4], [3, 1]])
+    expected = torch.zeros(3, 48, dtype=torch.float64)
+    for token, place in [(0, 0), (2, 0), (2, 1)]:
+        expert = indices[token, place]
+        gate, up = (experts.gate_up_proj[expert].double() @ x[token].double()).chunk(2)
+        output = experts.down_proj[expert].double() @ (gate * gate.sigmoid() * up)
+        expected[token] += weights[token, place].double() * output
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, indices, weights).double(), expected.detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_training_step_is_finite(tmp_path: Path) -> None:

@@ -94,25 +94,22 @@ def test_replay_is_a_well_formed_operator() -> None:
         ({"k_ring": torch.zeros(2, 31, HEADS, DIM, dtype=torch.bfloat16)}, "k_ring is torch.bfloat16"),
         ({"position": torch.tensor([32], dtype=torch.int32)}, r"position - boundary is \[32\], expected .* below 32"),
         ({"position": torch.tensor([-1], dtype=torch.int32)}, r"position - boundary is \[-1\]"),
+        ({"position": torch.tensor([0.0])}, r"position is torch\.float32 \(1,\), expected int32 or int64"),
+        ({"boundary": torch.tensor([0, 0])}, r"boundary is torch\.int64 \(2,\), expected int32 or int64 \(1,\)"),
+        ({"activation": "relu"}, "activation is 'relu', expected 'silu' or None"),
+        ({"max_query": 2}, r"cu_seqlens is \[0, 3\], expected .* in steps of at most 2"),
+        (
+            {"v_ring": torch.zeros(2, 30, HEADS, DIM)},
+            r"v_ring is torch\.float32 \(2, 30, 2, 16\), expected .* \(2, 31,",
+        ),
+        ({"v_ring": torch.zeros(2, 31, DIM, HEADS).transpose(2, 3)}, r"v_ring is .*\[S, R, H, D\], contiguous"),
         ({"boundary": torch.tensor([-1], dtype=torch.int32)}, r"boundary is \[-1\], expected none below 0"),
         ({"slopes": torch.tensor([0.917, 0.0])}, r"slopes are .*, expected every one positive"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, r"cu_seqlens is \[0, 4\], expected .* at most 3"),
         ({"slot_ids": torch.tensor([2])}, r"slot_ids holds \[2\], expected slots below 2"),
         ({"state_pool": torch.zeros(2, HEADS, DIM, DIM, dtype=torch.bfloat16)}, "state_pool is torch.bfloat16"),
     ],
-    ids=[
-        "chunk",
-        "max_query",
-        "ring-rows",
-        "ring-dtype",
-        "position-high",
-        "position-low",
-        "boundary",
-        "slopes",
-        "bounds",
-        "slot",
-        "state",
-    ],  # fmt: skip
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -151,6 +148,13 @@ def test_rows_that_belong_to_no_sequence_are_zero(null: int, activation: str | N
     assert not out[2:5].any() and not out[6:].any()
     torch.testing.assert_close(sumsq, out.square().sum(-1))
     assert torch.equal(pool, start) and rings[:, 0].isnan().all()
+
+
+def test_a_padding_sequence_may_have_any_counts() -> None:
+    arguments = fresh_arguments()
+    odd = torch.tensor([-5], dtype=torch.int32)
+    replay.lightning_decode_replay(**arguments | {"slot_ids": torch.tensor([0]), "boundary": odd}, null_slot=0)
+    assert not arguments["out"].any()
 
 
 def test_autocast_does_not_round_the_state() -> None:
