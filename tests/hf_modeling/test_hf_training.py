@@ -160,9 +160,10 @@ def test_router_noise_is_a_factor_around_one() -> None:
     torch.nn.init.normal_(block.gate.weight)
     seen: list[Tensor] = []
     block.gate.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    block.experts.forward = lambda hidden, indices, weights: seen.append(hidden) or hidden
+    block.experts.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     x = torch.randn(2, 200, 48)
-    assert torch.equal(block(x).flatten(0, 1), seen[0]) and torch.equal(*seen)
+    block(x)
+    assert len(seen) == 2 and torch.equal(*seen)
     factor = seen[0] / x.flatten(0, 1)
     assert 0.9 - 1e-6 <= factor.min() <= 0.91 and 1.09 <= factor.max() <= 1.1 + 1e-6
     assert abs(factor.mean() - 1) <= 0.003

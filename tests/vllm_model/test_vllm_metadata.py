@@ -180,7 +180,9 @@ def test_late_decodes_leave_the_block_table_alone(config: Any, layer: Any) -> No
     """The slots of the prefill rows are a view of it, and it serves the other layer groups and the steps to come."""
     rows = [Row(0, 4, 9, [7, 8, 9, 10]), Row(30, 1, 8, [11, 12, 13, 14], drafts=0, accepted=3)]
     common, table = _common(rows), [list(row.slots) for row in rows]
-    counts = {name: torch.tensor([getattr(row, key) for row in rows], dtype=torch.int32) for name, key in COUNTS}
+    counts: dict[str, Any] = {
+        name: torch.tensor([getattr(row, key) for row in rows], dtype=torch.int32) for name, key in COUNTS
+    }
     metadata = _builder(config, layer, drafts=3).build(0, common, **counts)
     assert metadata.late_decodes is not None and metadata.state_indices_tensor_p.tolist() == [7, 0]
     assert common.block_table_tensor.tolist() == table
