@@ -307,7 +307,9 @@ def generation(monkeypatch: pytest.MonkeyPatch, outputs: list[list[Any]], **attr
 
     monkeypatch.setattr(trl_generation.VLLMGeneration, "generate", generate)
     made: Any = ExactVLLMGeneration.__new__(ExactVLLMGeneration)
-    vars(made).update({"generation_kwargs": {}, "tensor_parallel_size": 1, "seen": seen} | attributes)
+    vars(made).update(
+        {"generation_kwargs": {}, "tensor_parallel_size": 1, "returns_routes": False, "seen": seen} | attributes
+    )
     return made
 
 
