@@ -312,7 +312,7 @@ def test_model_runner_v2(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
         path,
         vllm_cache,
         env=INTERPRETED_TRITON_ENV,
-        max_num_seqs=4,
+        max_num_seqs=8,
         logits_processors=["minimax_plugin.vllm_model.repetition:RepetitionStop"],
     )
     with engine:
