@@ -119,7 +119,8 @@ def test_decode_reads_any_strides_and_a_null_slot_of_zero() -> None:
     sumsq_strided = torch.empty(len(SLOPES), 3, device=DEVICE).t()
     slots = slot_tensor(2, 0, 1)
     recurrent.decode(qkv, slopes(), states, slots, out, sumsq, activation="", null_slot=0)
-    recurrent.decode(wide[0], slopes(), strided, slots, out_strided, sumsq_strided, activation="", null_slot=0)
+    column = torch.stack([slots, slot_tensor(7, 8, 9)], dim=1)[:, 0]
+    recurrent.decode(wide[0], slopes(), strided, column, out_strided, sumsq_strided, activation="", null_slot=0)
     assert sumsq is not None and torch.equal(sumsq, sumsq_strided)
     assert torch.equal(out, out_strided) and torch.equal(states, strided)
     assert not out[1].any()
@@ -147,6 +148,25 @@ def test_verify_keeps_the_state_after_every_token(dtype: torch.dtype, with_sumsq
         assert_close("o", out[slice(*rows)], expected, output_error(dtype))
     untouched = [slot for slot in range(8) if slot not in after]
     assert torch.equal(states[untouched], start[untouched])
+
+
+def test_verify_reads_any_strides_and_a_null_slot_of_zero() -> None:
+    states, qkv = pool(6, 32), tokens(5, 32, torch.float32)
+    reads, writes, bounds = slot_tensor(1, 0), torch.stack([slot_tensor(2, 0, 3), slot_tensor(4, 5, 0)]), (0, 3, 5)
+    other = states.clone()
+    out, sumsq = outputs(5, 32, torch.float32, True)
+    out_strided = torch.empty(len(SLOPES), 5, 32, device=DEVICE).transpose(0, 1)
+    sumsq_strided = torch.empty(len(SLOPES), 5, device=DEVICE).t()
+    options = {"activation": "silu", "null_slot": 0}
+    recurrent.verify(qkv, slopes(), states, reads, writes, slot_tensor(*bounds), out, sumsq, **options)
+    column = torch.stack([reads, slot_tensor(7, 8)], dim=1)[:, 0]
+    columns = torch.stack([writes, torch.full_like(writes, 9)], dim=2).flatten(1)[:, ::2]
+    recurrent.verify(qkv, slopes(), other, column, columns, slot_tensor(*bounds), out_strided, sumsq_strided, **options)
+    assert torch.equal(out, out_strided) and torch.equal(states, other)
+    assert sumsq is not None and torch.equal(sumsq, sumsq_strided)
+    for rows, start in ((slice(0, 3), 1), (slice(3, 5), None)):
+        initial = torch.zeros_like(states[0]) if start is None else states[start]
+        assert_close("o", out[rows], oracle(qkv[rows], initial)[0], 1e-6)
 
 
 def test_verify_without_sequences_zeroes_everything() -> None:
