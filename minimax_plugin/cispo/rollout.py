@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import math
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -355,9 +356,9 @@ def engine_arguments_for_routes(arguments: Mapping[str, Any]) -> dict[str, Any]:
     arguments = dict(arguments) | wanted
     try:
         EngineArgs(**arguments).create_engine_config()
-    except ValueError as error:  # pydantic wraps what vLLM says in lines of its own
-        reasons = [line.strip() for line in str(error).splitlines() if "error," in line] or [str(error)]
-        raise ValueError(reasons[0].split("error, ")[-1].split(" [type=")[0]) from error
+    except ValueError as error:
+        wrapped = re.search(r"Value error, (.*?) \[type=", str(error), re.DOTALL)  # pydantic's
+        raise ValueError(wrapped[1] if wrapped else str(error)) from error
     return arguments
 
 

@@ -216,7 +216,7 @@ def test_engine_routes_bring_bf16_rollouts_closer(tiny_m1_dir: Path, cache: Path
     assert measured["shapes"] == [[length, 4, 2] for length in lengths]
     live, replayed = measured["bfloat16 live"], measured["bfloat16 replayed"]
     assert replayed["pearson"] >= 0.9999, measured
-    assert 1 - replayed["pearson"] < 0.5 * (1 - live["pearson"]), measured
+    assert 1 - replayed["pearson"] < 0.8 * (1 - live["pearson"]), measured
     assert 0 < measured["bfloat16 rerouted"] < 0.05
 
 
