@@ -169,6 +169,21 @@ def test_verify_reads_any_strides_and_a_null_slot_of_zero() -> None:
         assert_close("o", out[rows], oracle(qkv[rows], initial)[0], 1e-6)
 
 
+def test_verify_stops_at_the_last_write_slot_of_a_sequence() -> None:
+    """On a GPU nobody reads the bounds; a sequence that is too long must not go on into the slots of the next."""
+    states, qkv = pool(6, 32), tokens(5, 32, torch.float32)
+    start, (out, _) = states.clone(), outputs(5, 32, torch.float32, False)
+    writes = torch.stack([slot_tensor(1, 2), slot_tensor(-1, 5)])
+    bounds = slot_tensor(0, 4, 5)
+    recurrent.verify(
+        qkv, slopes(), states, slot_tensor(0, 3), writes, bounds, out, None, activation="silu", null_slot=-1
+    )
+    expected, state = oracle(qkv[:2], start[0])
+    assert_close("o", out[:2], expected, 1e-6)
+    assert_close("state", states[2], state, 1e-6)
+    assert torch.equal(states[[0, 3, 4, 5]], start[[0, 3, 4, 5]])
+
+
 def test_verify_without_sequences_zeroes_everything() -> None:
     out, sumsq = outputs(3, 32, torch.float32, True)
     empty = torch.empty(0, dtype=torch.int32, device=DEVICE)
