@@ -295,6 +295,8 @@ def _read_index(
     directory: Path, faults: list[Fault], index_file: str = INDEX_FILE, single_file: str = SINGLE_FILE
 ) -> tuple[dict[str, str] | None, int | None]:
     """Tensor name -> file name, and the total size in bytes that the index states (None without an index)."""
+    for path in sorted(directory.glob(f"consolidated*{WEIGHTS_SUFFIX}")):
+        faults.append(Fault(path.name, "", "it beside the weights", "it elsewhere: vLLM would read it in their place"))
     has_single = file_problem(directory / single_file) != "no such file"
     if file_problem(directory / index_file) == "no such file":
         if not has_single:

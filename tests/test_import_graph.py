@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_fields": {"config_rules"},
     "architecture": {"config_fields"},
     "faults": set(),
+    "versions": set(),
     "checkpoint_files": {"architecture", "config_rules", "faults"},
     "side_files": {"checkpoint_files", "config_fields", "config_rules", "faults"},
     "checkpoint": {"architecture", "checkpoint_files", "config_fields", "config_rules", "faults", "side_files"},
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_fields",
         "templates",
         "repetition",
+        "versions",
         "vocabulary",
     },
     "registration": set(),  # names modules as strings
@@ -69,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "config_fields",
         "side_files",
         "faults",
+        "versions",
         "templates",
         "planner",
         "cispo",
@@ -81,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 FORBIDDEN_LIBRARIES: dict[str, set[str]] = {
     "architecture": {"torch", "transformers", "vllm", "triton", "safetensors"},
     **dict.fromkeys(
-        ("checkpoint", "checkpoint_files", "side_files", "faults"),
+        ("checkpoint", "checkpoint_files", "side_files", "faults", "versions"),
         {"torch", "transformers", "vllm", "triton", "safetensors"},
     ),
     "repetition": {"transformers", "vllm", "triton"},

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from minimax_plugin.versions import TESTED, numbers_of, untested
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,6 @@ __all__ = [
     "layer_metadata",
     "logits_processor_base",
     "register_custom_op",
-    "release_of",
     "require_splitting_op",
     "state_block_table",
     "uses_v2_model_runner",
@@ -54,10 +54,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-#: Oldest release that this package runs on, and the newest one it was run with.
-OLDEST_VLLM = (0, 31)
-NEWEST_TESTED_VLLM = (0, 32)
 
 #: Where the classes live that this package derives from or builds on and that have moved before.
 _CLASSES = {
@@ -87,36 +83,28 @@ def vllm_version() -> tuple[int, ...] | None:
     """
     import vllm
 
-    return release_of(vllm.__version__)
-
-
-def release_of(version: str) -> tuple[int, ...] | None:
-    """Major and minor number in ``version``; None for "dev" and ``0.1.dev...``, which a clone without tags builds."""
-    match = re.match(r"(\d+)\.(\d+)", version)
-    return None if match is None or version.startswith("0.1.dev") else (int(match[1]), int(match[2]))
+    numbers = numbers_of(vllm.__version__)
+    return None if numbers is None else numbers[:2]
 
 
 def warn_if_untested() -> None:
     """Refuse releases that are too old, warn about those newer than the last one this package was run with.
 
     Raises:
-        ImportError: vLLM is older than :data:`OLDEST_VLLM`.
+        ImportError: vLLM is older than the lowest release of :data:`minimax_plugin.versions.TESTED`.
     """
-    version = vllm_version()
-    if version is None:
-        logger.warning("cannot read the version of this vLLM build; minimax-plugin expects 0.31 or later")
-        return
-    if version < OLDEST_VLLM:
+    import vllm
+
+    found = numbers_of(vllm.__version__)
+    lowest = TESTED["vllm"].lowest
+    if found is not None and found < numbers_of(lowest):
         raise ImportError(
-            f"minimax-plugin needs vLLM {_dotted(OLDEST_VLLM)} or later, found {_dotted(version)}; upgrade vLLM, or "
-            "set VLLM_PLUGINS to the plugins to load without 'minimax' in it"
+            f"minimax-plugin needs vLLM {lowest} or later, found {vllm.__version__}; upgrade vLLM, or set VLLM_PLUGINS "
+            "to the plugins to load without 'minimax' in it"
         )
-    if version > NEWEST_TESTED_VLLM:
-        logger.warning(
-            "minimax-plugin was tested with vLLM up to %s, this is %s",
-            _dotted(NEWEST_TESTED_VLLM),
-            _dotted(version),
-        )
+    warning = untested("vllm", vllm.__version__)
+    if warning is not None:
+        logger.warning("minimax-plugin and vLLM: %s", warning)
 
 
 def add_splitting_op(name: str) -> None:
@@ -266,7 +254,3 @@ def __getattr__(name: str) -> Any:
     if name in _CLASSES:
         return getattr(importlib.import_module(_CLASSES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _dotted(version: tuple[int, ...]) -> str:
-    return ".".join(map(str, version))

@@ -42,13 +42,13 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from minimax_plugin.architecture import Architecture
-from minimax_plugin.checkpoint import require_sound_files
 from minimax_plugin.vllm_model import compat
 from minimax_plugin.vllm_model.attention import SoftmaxAttention
 from minimax_plugin.vllm_model.compat import MambaStateCopyFuncCalculator
 from minimax_plugin.vllm_model.experts import SharedExpert, SharedExpertCoefficient, SparseExperts
 from minimax_plugin.vllm_model.lightning import LightningAttention
 from minimax_plugin.vllm_model.settings import ModelSettings, require_fp32_state
+from minimax_plugin.vllm_model.sources import refuse_pickle_formats, require_safe_source
 from minimax_plugin.vllm_model.weights import NAME_MAPPER, WeightLedger
 from minimax_plugin.vocabulary import padding_ids
 
@@ -67,8 +67,6 @@ _WHOLE_CHECKPOINT_FORMATS = (
     "safetensors",
     "fastsafetensors",
     "instanttensor",
-    "pt",
-    "npcache",
     "runai_streamer",
 )
 
@@ -180,6 +178,7 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        refuse_pickle_formats(vllm_config.load_config)
         self.config = vllm_config.model_config.hf_config
         self.quant_config = vllm_config.quant_config
         self.architecture = Architecture.from_config(self.config)
@@ -198,8 +197,10 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
         self._suppress(None)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
 
-        self._source = vllm_config.model_config.model
-        self._expects_whole_checkpoint = str(vllm_config.load_config.load_format) in _WHOLE_CHECKPOINT_FORMATS
+        self._model_config, self._load_config = vllm_config.model_config, vllm_config.load_config
+        self._expects_whole_checkpoint = str(self._load_config.load_format) in _WHOLE_CHECKPOINT_FORMATS
+        # vLLM's weight loader reads it when it starts, which is in `load_weights`.
+        self.allow_patterns_overrides: list[str] | None = None
         parallel = vllm_config.parallel_config
         self._skips_foreign_experts = parallel.enable_expert_parallel and parallel.enable_ep_weight_filter
         self._describe_experts()
@@ -271,11 +272,13 @@ class MiniMaxM1ForCausalLM(nn.Module, HasInnerState, IsHybrid, SupportsPP, Suppo
 
         Raises:
             ValueError: a tensor has a wrong shape or dtype or comes twice, or, when vLLM starts from a checkpoint, a
-                tensor is missing, a file is damaged or the index contradicts the files.
+                tensor is missing, a file is damaged, the index contradicts the files or names one elsewhere, or there
+                are no safetensors files.
         """
         if self._expects_whole_checkpoint:
-            require_sound_files(self._source)
-        ledger = WeightLedger(self.architecture, quantized=self.quant_config is not None, source=self._source)
+            self.allow_patterns_overrides = require_safe_source(self._model_config, self._load_config)
+        source = self._model_config.model
+        ledger = WeightLedger(self.architecture, quantized=self.quant_config is not None, source=source)
         checked = self._watch_embedding(ledger.watch(weights))
         loaded = AutoWeightsLoader(self).load_weights(checked, mapper=self.hf_to_vllm_mapper)
         if self._expects_whole_checkpoint:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minimax_plugin.checkpoint import ORIGINAL_MODEL_TYPES
+from minimax_plugin.versions import TESTED, numbers_of, untested
 
 Level = Literal["ok", "warning", "fault"]
 
@@ -63,7 +64,9 @@ def check_environment(*, probe_vllm: bool = True) -> list[Finding]:
 
 
 def check_versions() -> list[Finding]:
-    """Python and every requirement of the package, against the bounds in its own metadata."""
+    """Python and every requirement of the package: a fault outside the bounds in its metadata, a warning outside the
+    tested versions.
+    """
     from packaging.requirements import Requirement
 
     findings = [Finding("ok", "python", platform.python_version())]
@@ -86,7 +89,8 @@ def check_versions() -> list[Finding]:
         elif not requirement.specifier.contains(version, prereleases=True):
             findings.append(Finding("fault", requirement.name, f"found {version}, expected {requirement.specifier}"))
         else:
-            findings.append(Finding("ok", requirement.name, version))
+            warning = untested(requirement.name, version)
+            findings.append(Finding("warning" if warning else "ok", requirement.name, warning or version))
     return findings
 
 
@@ -190,24 +194,18 @@ def check_kernel_backend() -> list[Finding]:
 
 def check_vllm(*, probe: bool) -> list[Finding]:
     """vLLM is optional: absent is no fault, present and unable to resolve the models is."""
-    from minimax_plugin.vllm_model import compat
-
     distribution = next((name for name in _VLLM_DISTRIBUTIONS if _version(name)), None)
     if importlib.util.find_spec("vllm") is None or distribution is None:
         return [Finding("ok", "vllm", "not installed (optional: needed to serve, not for transformers)")]
     version = _version(distribution) or ""
     findings = [Finding("ok", "vllm", f"{distribution} {version}")]
-    oldest, newest = (".".join(map(str, bound)) for bound in (compat.OLDEST_VLLM, compat.NEWEST_TESTED_VLLM))
-    release = compat.release_of(version)
-    if release is None:
-        findings.append(
-            Finding("warning", "vllm", f"found {version}, which states no release; expected {oldest} or later")
-        )
-    elif release < compat.OLDEST_VLLM:
-        message = f"found {version}, expected {oldest} or later: the plugin refuses to load; upgrade vLLM"
+    lowest, numbers = TESTED["vllm"].lowest, numbers_of(version)
+    warning = untested("vllm", version)
+    if numbers is not None and numbers < (numbers_of(lowest) or ()):
+        message = f"found {version}, expected {lowest} or later: the plugin refuses to load; upgrade vLLM"
         findings.append(Finding("fault", "vllm", message))
-    elif release > compat.NEWEST_TESTED_VLLM:
-        findings.append(Finding("warning", "vllm", f"tested with {oldest} to {newest}, found {version}"))
+    elif warning is not None:
+        findings.append(Finding("warning", "vllm", warning))
     if _version("vllm") is None:
         findings.append(
             Finding(

@@ -17,6 +17,7 @@ import torch
 
 from minimax_plugin.cli import environment, main
 from minimax_plugin.cli.tiny import TinyOptions, write_tiny_checkpoint
+from minimax_plugin.versions import TESTED
 
 SMALL = TinyOptions(
     num_hidden_layers=2, hidden_size=32, intermediate_size=32, head_dim=16, rotary_dim=8, vocab_size=288
@@ -120,6 +121,22 @@ def test_checkpoint_without_tokenizer_is_a_warning(
 def test_requirement_not_met(name: str, version: str | None, expected: str, versions: dict[str, str | None]) -> None:
     versions[name] = version
     assert messages(environment.check_versions(), "fault") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "version"),
+    [("torch", "2.11.0"), ("torch", "99.0.0+cpu"), ("transformers", "99.1"), ("triton", "99.0"), ("triton", "dev")],
+)
+def test_untested_version(name: str, version: str, versions: dict[str, str | None]) -> None:
+    versions |= {library: tested.highest for library, tested in TESTED.items()}
+    assert not messages(environment.check_versions(), "warning")
+    versions[name] = version
+    (warning,) = [finding for finding in environment.check_versions() if finding.level != "ok"]
+    if version == "dev":
+        assert (warning.level, warning.topic) == ("fault", name)  # no version is within the bounds of the package
+    else:
+        expected = f"tested with {TESTED[name]}, found {version}"
+        assert warning == environment.Finding("warning", name, expected)
 
 
 def test_triton_is_optional(versions: dict[str, str | None]) -> None:

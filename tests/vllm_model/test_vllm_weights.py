@@ -80,7 +80,7 @@ def test_every_released_tensor_reaches_a_parameter(checkpoint_dir: Path, distrib
     specs = Architecture.from_config(config.model_config.hf_config).tensors()
     assert len(index) == 8_243 and index.keys() == specs.keys()
     weights = ((name, torch.empty(specs[name].shape, dtype=torch.bfloat16, device="meta")) for name in index)
-    model._source = "the released checkpoint"  # whose shards are not here
+    config.model_config.model = "the released checkpoint"  # whose shards are not here
     loaded = _load(model, weights, whole=True)
     # 0.31 reports experts by the name of the module around the one that owns them.
     names = {name.replace(".routed_experts.", ".") for name in loaded}
@@ -211,13 +211,14 @@ def test_damaged_files_are_named_before_anything_is_loaded(
     message: str,
     tmp_path: Path,
     tiny_checkpoint: Path,
+    tiny_config_of_vllm: Any,
     tiny_model: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_checkpoint(tmp_path, *load_checkpoint(tiny_checkpoint), num_shards=3)
     shard = tmp_path / "model-00002-of-00003.safetensors"
     damage(shard)
-    monkeypatch.setattr(tiny_model, "_source", str(tmp_path))
+    monkeypatch.setattr(tiny_config_of_vllm.model_config, "model", str(tmp_path))
     with pytest.raises(CheckpointError, match=f"{shard.name}: {message}"):
         _load(tiny_model, [], whole=True)
 
