@@ -45,7 +45,7 @@ def untested(distribution: str, version: str) -> str | None:
 
 
 def numbers_of(version: str) -> tuple[int, ...] | None:
-    """The numbers that ``version`` begins with; None for "dev" and ``0.1.dev...``, as a clone without tags builds it."""
+    """The numbers that ``version`` begins with; None for "dev" and ``0.1.dev...``, which a clone without tags has."""
     match = re.match(r"\d+(\.\d+)*", version)
     if match is None or version.startswith("0.1.dev"):
         return None
