@@ -32,6 +32,7 @@ CASES = 1_200
 BATCHES = 12
 BAIT = 7.0
 INDEX = "model.safetensors.index.json"
+SHARD = "model-00001-of-00003.safetensors"
 
 Json = Any
 
@@ -41,7 +42,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config(num_hidden_layers=2, attn_type_list=[0, 1], num_local_experts=2)
     directory = tmp_path_factory.mktemp("fuzz") / "model"
     write_checkpoint(directory, config, random_tensors(config), num_shards=3)
-    shard = directory / "model-00001-of-00003.safetensors"
+    shard = directory / SHARD
     bait = {name: torch.full_like(tensor, BAIT) for name, tensor in load_file(shard).items()}
     save_file(bait, directory.parent / "outside.safetensors")
     torch.save(bait, directory / "bait.bin")
@@ -59,6 +60,12 @@ def within_a_second() -> Iterator[Callable[[], None]]:
     yield lambda: signal.alarm(60) and None
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+
+
+def elsewhere(directory: Path) -> list[str]:
+    """Names that lead to the bait."""
+    bait = directory.parent / "outside.safetensors"
+    return ["../outside.safetensors", str(bait), f"../{directory.name}/../outside.safetensors", "bait.bin"]
 
 
 def strange_values(chance: random.Random, directory: Path) -> Json:
@@ -84,9 +91,8 @@ def strange_values(chance: random.Random, directory: Path) -> Json:
                 [],
                 {},
             ),
-            *([0], [0, 8], {"a": 1}, "F32", "BF16", "I8", "../outside.safetensors", "..\\outside.safetensors"),
-            *(str(directory.parent / "outside.safetensors"), "sub/../../outside.safetensors", "bait.bin", "a\0b"),
-            *("model-00001-of-00003.safetensors", "MODEL.SAFETENSORS", "C:x.safetensors", "\ud800.safetensors"),
+            *([0], [0, 8], {"a": 1}, "F32", "BF16", "I8", *elsewhere(directory), "a\0b"),
+            *(SHARD, "MODEL.SAFETENSORS", "C:x.safetensors", "\ud800.safetensors"),
             *("a" * 5_000, json.loads("[" * 50 + "]" * 50)),
         ]
     )
@@ -111,7 +117,7 @@ def mutated_json(chance: random.Random, content: Json, directory: Path) -> Json:
         holder = content
         for step in way:
             holder = holder[step]
-        change = chance.randrange(6)
+        change = chance.randrange(7)
         if change <= 1:
             holder[key] = strange_values(chance, directory)
         elif change == 2:
@@ -123,6 +129,10 @@ def mutated_json(chance: random.Random, content: Json, directory: Path) -> Json:
         elif change == 4:
             other = chance.choice(list(holder if isinstance(holder, dict) else range(len(holder))))
             holder[key], holder[other] = holder[other], holder[key]
+        elif change == 5 and isinstance(holder[key], dict | list):
+            holder[key] = copy.deepcopy(
+                holder[chance.choice(list(holder if isinstance(holder, dict) else range(len(holder))))]
+            )
         elif isinstance(holder[key], int):
             holder[key] += chance.choice([-8, -4, -1, 1, 4, 8])
     return content
