@@ -138,6 +138,18 @@ def mutated_json(chance: random.Random, content: Json, directory: Path) -> Json:
     return content
 
 
+def mixed_ranges(chance: random.Random, header: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of one shape exchange their bytes, which is sound, or share them, which leaves a hole."""
+    names = [name for name in header if name != "__metadata__"]
+    one = chance.choice(names)
+    other = chance.choice([name for name in names if header[name]["shape"] == header[one]["shape"]])
+    if chance.random() < 0.5:
+        header[one], header[other] = header[other], header[one]
+    else:
+        header[one] = header[other]
+    return header
+
+
 def mutated_bytes(chance: random.Random, raw: bytes) -> bytes:
     content = bytearray(raw)
     for _ in range(chance.randint(1, 4)):
@@ -160,18 +172,15 @@ def damage(chance: random.Random, directory: Path) -> str:
     raw = shard.read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
     header, data = raw[8 : 8 + size], raw[8 + size :]
-    kind = chance.choice(
-        ["index", "index", "index bytes", "header", "header", "header", "header bytes", "prefix", "data"]
-    )
+    kinds = ["index", "index", "rename", "index bytes", "header", "header", "ranges", "header bytes", "prefix", "data"]
+    kind = chance.choice(kinds)
     if kind == "index":
         content = mutated_json(chance, json.loads((directory / INDEX).read_text()), directory)
         (directory / INDEX).write_text(json.dumps(content))
     elif kind == "rename":
         content = json.loads((directory / INDEX).read_text())
-        name = strange_values(chance, directory)
-        content["weight_map"] = {
-            key: name if file == shard.name else file for key, file in content["weight_map"].items()
-        }
+        name = chance.choice([*elsewhere(directory), strange_values(chance, directory)])
+        content["weight_map"] = {key: name if file == SHARD else file for key, file in content["weight_map"].items()}
         (directory / INDEX).write_text(json.dumps(content))
     elif kind == "index bytes":
         (directory / INDEX).write_bytes(mutated_bytes(chance, (directory / INDEX).read_bytes()))
@@ -183,7 +192,9 @@ def damage(chance: random.Random, directory: Path) -> str:
     elif kind == "data":
         shard.write_bytes(raw[: chance.randrange(len(raw))] if chance.random() < 0.7 else raw + b"x")
     else:
-        if kind == "header":
+        if kind == "ranges":
+            changed_header = json.dumps(mixed_ranges(chance, json.loads(header))).encode()
+        elif kind == "header":
             changed_header = json.dumps(mutated_json(chance, json.loads(header), directory)).encode()
         else:
             changed_header = mutated_bytes(chance, header)
