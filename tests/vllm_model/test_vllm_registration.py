@@ -47,7 +47,7 @@ def test_registration_is_cheap_and_imports_no_model_code() -> None:
     # vLLM calls it in each of its processes: the work is one entry per class, done once, and no library is imported.
     assert int(once) == int(twice) == len(MODEL_CLASSES)
     own = [f"minimax_plugin.vllm_model{name}" for name in ("", ".compat", ".registration")]
-    assert imported == [*own, "vllm.model_executor.models.config"]
+    assert imported == ["minimax_plugin.versions", *own, "vllm.model_executor.models.config"]
 
 
 def test_architectures_are_registered_lazily_by_package() -> None:
