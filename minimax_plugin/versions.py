@@ -44,6 +44,12 @@ def untested(distribution: str, version: str) -> str | None:
     return f"tested with {tested}, found {version}"
 
 
+def is_older(distribution: str, version: str) -> bool:
+    """Whether ``version`` lies below the table; False for one that states no release."""
+    found = numbers_of(version)
+    return found is not None and found < _bound(TESTED[distribution].lowest)
+
+
 def numbers_of(version: str) -> tuple[int, ...] | None:
     """The numbers that ``version`` begins with; None for "dev" and ``0.1.dev...``, which a clone without tags has."""
     match = re.match(r"\d+(\.\d+)*", version)

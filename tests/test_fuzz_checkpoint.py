@@ -50,14 +50,14 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def within_a_second() -> Iterator[Callable[[], None]]:
-    """Starts an alarm that stands for "no hang": far above what a case takes on a busy machine."""
+def alarm() -> Iterator[Callable[[int], int]]:
+    """Gives up after so many seconds: what hangs is told from a busy machine."""
 
     def give_up(*_: Any) -> None:
         raise AssertionError("hangs")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    yield lambda: signal.alarm(60) and None
+    yield signal.alarm
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
@@ -249,7 +249,7 @@ def compare(model: torch.nn.Module, directory: Path, what: str) -> None:
 
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_damaged_checkpoints(
-    batch: int, intact: Path, tmp_path: Path, within_a_second: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+    batch: int, intact: Path, tmp_path: Path, alarm: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(file: Any, *_: Any, **__: Any) -> None:
         raise AssertionError(f"unpickles {file}")
@@ -258,7 +258,7 @@ def test_damaged_checkpoints(
     per_batch = CASES // BATCHES
     loaded = 0
     for seed in range(batch * per_batch, (batch + 1) * per_batch):
-        within_a_second()
+        alarm(60)
         loaded += check_case(seed, intact, tmp_path / "model")
         shutil.rmtree(tmp_path / "model")
     assert 0 < loaded < per_batch, "either nothing is damaged or nothing is intact"

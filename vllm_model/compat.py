@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from minimax_plugin.versions import TESTED, numbers_of, untested
+from minimax_plugin.versions import TESTED, is_older, numbers_of, untested
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +95,10 @@ def warn_if_untested() -> None:
     """
     import vllm
 
-    found = numbers_of(vllm.__version__)
-    lowest = TESTED["vllm"].lowest
-    if found is not None and found < numbers_of(lowest):
+    if is_older("vllm", vllm.__version__):
         raise ImportError(
-            f"minimax-plugin needs vLLM {lowest} or later, found {vllm.__version__}; upgrade vLLM, or set VLLM_PLUGINS "
-            "to the plugins to load without 'minimax' in it"
+            f"minimax-plugin needs vLLM {TESTED['vllm'].lowest} or later, found {vllm.__version__}; upgrade vLLM, or "
+            "set VLLM_PLUGINS to the plugins to load without 'minimax' in it"
         )
     warning = untested("vllm", vllm.__version__)
     if warning is not None:

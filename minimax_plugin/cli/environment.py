@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from minimax_plugin.checkpoint import ORIGINAL_MODEL_TYPES
-from minimax_plugin.versions import TESTED, numbers_of, untested
+from minimax_plugin.versions import TESTED, is_older, untested
 
 Level = Literal["ok", "warning", "fault"]
 
@@ -199,9 +199,9 @@ def check_vllm(*, probe: bool) -> list[Finding]:
         return [Finding("ok", "vllm", "not installed (optional: needed to serve, not for transformers)")]
     version = _version(distribution) or ""
     findings = [Finding("ok", "vllm", f"{distribution} {version}")]
-    lowest, numbers = TESTED["vllm"].lowest, numbers_of(version)
     warning = untested("vllm", version)
-    if numbers is not None and numbers < (numbers_of(lowest) or ()):
+    if is_older("vllm", version):
+        lowest = TESTED["vllm"].lowest
         message = f"found {version}, expected {lowest} or later: the plugin refuses to load; upgrade vLLM"
         findings.append(Finding("fault", "vllm", message))
     elif warning is not None:
