@@ -38,8 +38,8 @@ FACTORS = tuple(
 CONVERTED_FACTORS = tuple(
     f"{part}_{kind}_factor" for part in ("linear_attn", "full_attn", "mlp") for kind in ("alpha", "beta")
 )
-_SHARES = ("attention_dropout", "router_jitter_noise")
-_FLAGS = ("postnorm", "tie_word_embeddings", "use_cache", "output_router_logits", "mask_vocab_padding")
+SHARES = ("attention_dropout", "router_jitter_noise")
+FLAGS = ("postnorm", "tie_word_embeddings", "use_cache", "output_router_logits", "mask_vocab_padding")
 _ROPE = ("rope_parameters", "rope_scaling")
 _BAD_ROPE = (
     "yarn",
@@ -104,9 +104,9 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "rope_theta": (*_NO_NUMBERS, None, 0, -1, -1e4, 0.5, 1, 1e308, HUGE, DEEP),
     "partial_rotary_factor": (*_NO_NUMBERS, 0, -0.5, 1.5, 0.25, 1e-9, HUGE),
     **dict.fromkeys(_ROPE, _BAD_ROPE),
-    **dict.fromkeys(_SHARES, (*_NO_NUMBERS, None, -0.1, 1, 1.0, 1.5, 1e308, HUGE)),
+    **dict.fromkeys(SHARES, (*_NO_NUMBERS, None, -0.1, 1, 1.0, 1.5, 1e308, HUGE)),
     **dict.fromkeys(("router_aux_loss_coef", "initializer_range"), (*_NO_NUMBERS, None, -0.1, 1e308, HUGE)),
-    **dict.fromkeys(_FLAGS, (*_NO_FLAGS, None)),
+    **dict.fromkeys(FLAGS, (*_NO_FLAGS, None)),
     "return_dict": _NO_FLAGS,
     "output_attentions": _NO_FLAGS,
     "output_hidden_states": _NO_FLAGS,
@@ -168,7 +168,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "attn_type_list": ([0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0]),
     "layer_types": (["linear_attention"] * 3 + ["full_attention"],),
     **dict.fromkeys(FACTORS, (0, 1, 1.0, 3.5565588200778455, 100.0)),
-    **dict.fromkeys(_FLAGS, (True, False)),
+    **dict.fromkeys(FLAGS, (True, False)),
     "rms_norm_eps": (1e-5, 1e-6, 1e-12, 1),
     "rope_theta": (10_000, 1e4, 10_000_000, 2.0),
     "partial_rotary_factor": (None, 0.5),
@@ -188,7 +188,7 @@ RIGHT: dict[str, tuple[Any, ...]] = {
         {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2] * 8, "factor": 4.0},
     ),
     "rope_parameters": (None, {}, {"rope_type": "default", "rope_theta": 10_000_000, "partial_rotary_factor": 0.5}),
-    **dict.fromkeys(_SHARES, (0, 0.0, 0.1, 0.99)),
+    **dict.fromkeys(SHARES, (0, 0.0, 0.1, 0.99)),
     "router_aux_loss_coef": (0, 0.001, 1),
     "initializer_range": (0, 0.02, 1),
     "hidden_act": ("silu",),
