@@ -93,6 +93,8 @@ _BAD_ROPE = (
 #: Field -> values that no such model can have. The base is ``oracle.tiny_config()``.
 WRONG: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(SIZES, (*_NO_SIZES, None, DEEP)),
+    # In each of four layers; the sum is bounded too.
+    "num_local_experts": (*_NO_SIZES, None, DEEP, 1, 40_000, 65_536),
     "num_experts": (*_NO_SIZES, None, 5),
     "head_dim": (*_NO_SIZES, 8, 15),
     "rotary_dim": (*_NO_SIZES, 15, 34, 64),

@@ -11,6 +11,7 @@ import pytest
 from goldens import golden_cases
 from oracle import tiny_config
 
+from minimax_plugin.architecture import Architecture
 from minimax_plugin.config_fields import config_faults, require_sound
 
 
@@ -52,3 +53,35 @@ def test_every_fault_is_listed_and_the_first_is_raised() -> None:
 )
 def test_absurd_values_are_refused_before_anything_is_built(changes: dict[str, Any], message: str) -> None:
     assert message in config_faults(tiny_config() | changes)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_theta": None, "rope_parameters": {"rope_theta": 0}},
+            "rope_parameters.rope_theta is 0, expected a finite",
+        ),
+        (
+            {"postnorm": False, "num_hidden_layers": 40, "attn_type_list": [0] * 40},
+            "enlarge the residual by 1e44 over 40",
+        ),
+        ({"rotary_dim": None, "partial_rotary_factor": 0.1}, "rotary_dim = 3 is odd, expected an even number"),
+        (
+            {"head_dim": None, "hidden_size": 3},
+            "head_dim is absent and 0 by hidden_size = 3 and num_attention_heads = 4",
+        ),
+    ],
+    ids=["inner theta", "growth", "odd share", "no head"],
+)
+def test_fields_against_each_other(changes: dict[str, Any], message: str) -> None:
+    """3.5566 twice in each of 40 layers is 80 * log10(3.5566) = 44.08 decades."""
+    config = {
+        name: value for name, value in (tiny_config() | changes).items() if value is not None or name != "rope_theta"
+    }
+    assert any(message in fault for fault in config_faults(config))
+
+
+def test_rotated_share_stands_for_the_rotary_dim() -> None:
+    config = tiny_config(rotary_dim=None, partial_rotary_factor=0.25)
+    assert Architecture.from_config(config).rotary_dim == 8
