@@ -99,7 +99,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "head_dim": (*_NO_SIZES, 8, 15),
     "rotary_dim": (*_NO_SIZES, 15, 34, 64),
     "block_size": (*_NO_SIZES, None),
-    "num_labels": (*_NO_SIZES, None, 10**9),
+    "num_labels": (*_NO_SIZES, None, 10**9, 2**20),
     "shared_intermediate_size": (*_NO_INTEGERS, 10**12, [48, 48, 48, 48]),
     **dict.fromkeys((*FACTORS, *CONVERTED_FACTORS), (*_NO_NUMBERS, None, -1.0, -1, 1e308, -1e308, 1e30, HUGE, DEEP)),
     "rms_norm_eps": (*_NO_NUMBERS, None, 0, 0.0, -1e-5, 1e308, 10, 1e-300, HUGE),

@@ -72,7 +72,7 @@ def test_absurd_values_are_refused_before_anything_is_built(changes: dict[str, A
             "head_dim is absent and 0 by hidden_size = 3 and num_attention_heads = 4",
         ),
     ],
-    ids=["inner theta", "growth", "odd share", "no head"],
+    ids=["inner theta", "two thetas", "growth", "odd share", "no head"],
 )
 def test_fields_against_each_other(changes: dict[str, Any], message: str) -> None:
     """3.5566 twice in each of 40 layers is 80 * log10(3.5566) = 44.08 decades."""
