@@ -14,20 +14,19 @@ import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from minimax_plugin.config_fields import (
     LAYER_TYPES,
     REQUIRED_FIELDS,
     SHARED_MOE_MODES,
+    LayerType,
     fields_of,
     head_dim_of,
     require_pattern,
     require_sound,
     rotary_dim_of,
 )
-
-LayerType = Literal["linear_attention", "full_attention"]
 
 #: ``architectures`` entry -> ``model_type`` of the checkpoints in the original format.
 ORIGINAL_ARCHITECTURES: dict[str, str] = {

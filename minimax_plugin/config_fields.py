@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minimax_plugin.config_rules import (
     Rule,
@@ -29,6 +29,8 @@ from minimax_plugin.config_rules import (
     size,
     structure_fault,
 )
+
+LayerType = Literal["linear_attention", "full_attention"]
 
 #: How the output of a shared expert is mixed in, by ``shared_moe_mode``.
 SHARED_MOE_MODES = ("sigmoid", "softmax")
@@ -353,7 +355,7 @@ def _contradictions(fields: Mapping[str, Any], wrong: Collection[str]) -> Iterat
 
 
 #: ``attn_type_list`` value -> layer type.
-LAYER_TYPES = {0: "linear_attention", 1: "full_attention"}
+LAYER_TYPES: dict[int, LayerType] = {0: "linear_attention", 1: "full_attention"}
 
 #: Properties of transformers configs that stand for another field.
 _REPEATED = ("torch_dtype", "rope_scaling", "num_labels", "per_layer_config")

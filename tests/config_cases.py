@@ -14,12 +14,13 @@ DEEP: list[Any] = []
 for _ in range(2000):
     DEEP = [DEEP]
 
-_NO_NUMBERS = ("8", "", True, False, [8], [], {"a": 1}, {}, math.inf, -math.inf, math.nan)
-_NO_INTEGERS = (*_NO_NUMBERS, 3.5, 8.0, -1, HUGE, -HUGE)
-_NO_SIZES = (*_NO_INTEGERS, 0, 10**12)
-_NO_FLAGS = ("false", "true", "", 0, 1, 1.0, math.nan, [], [True], {}, DEEP)
-_NO_WORDS = (5, 1.5, True, "", "gelu", "silu ", "\n", [], ["silu"], {}, DEEP)
-_NO_LISTS = ("0,0,0,1", "", 1, True, 1.5, {}, {"0": 1}, [], DEEP)
+_NO_NUMBERS: tuple[Any, ...] = ("8", "", True, False, [8], [], {"a": 1}, {}, math.inf, -math.inf, math.nan)
+_NO_INTEGERS: tuple[Any, ...] = (*_NO_NUMBERS, 3.5, 8.0, -1, HUGE, -HUGE)
+_NO_CODES: tuple[Any, ...] = (2, -1, True, False, 1.0, "1", None, [1], {}, math.nan, HUGE, DEEP)
+_NO_SIZES: tuple[Any, ...] = (*_NO_INTEGERS, 0, 10**12)
+_NO_FLAGS: tuple[Any, ...] = ("false", "true", "", 0, 1, 1.0, math.nan, [], [True], {}, DEEP)
+_NO_WORDS: tuple[Any, ...] = (5, 1.5, True, "", "gelu", "silu ", "\n", [], ["silu"], {}, DEEP)
+_NO_LISTS: tuple[Any, ...] = ("0,0,0,1", "", 1, True, 1.5, {}, {"0": 1}, [], DEEP)
 
 SIZES = (
     "vocab_size",
@@ -123,7 +124,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
         *_NO_LISTS,
         [0, 0, 0],
         [0, 0, 0, 1, 0],
-        *([0, 0, 0, wrong] for wrong in (2, -1, True, False, 1.0, "1", None, [1], {}, math.nan, HUGE, DEEP)),
+        *([0, 0, 0, wrong] for wrong in _NO_CODES),
     ),
     "layer_types": (*_NO_LISTS, ["linear_attention"] * 4, ["full"] * 4, [0, 0, 0, 1], [None] * 4, [["x"]] * 4),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), (*_NO_INTEGERS, 128, 10**12, DEEP)),

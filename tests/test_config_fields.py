@@ -63,6 +63,10 @@ def test_absurd_values_are_refused_before_anything_is_built(changes: dict[str, A
             "rope_parameters.rope_theta is 0, expected a finite",
         ),
         (
+            {"rope_parameters": {"rope_theta": 5.0}},
+            "rope_parameters['rope_theta'] = 5.0 contradicts rope_theta = 10000000",
+        ),
+        (
             {"postnorm": False, "num_hidden_layers": 40, "attn_type_list": [0] * 40},
             "enlarge the residual by 1e44 over 40",
         ),
