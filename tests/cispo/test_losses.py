@@ -1,102 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss against the report's equations, written here token by token in Python floats."""
+"""The loss against the report's equations."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
+from report_equations import DUAL, HIGH, LOW, Batch, report_loss
 from torch import Tensor
 
 from minimax_plugin.cispo import losses
 
-LOW, HIGH, DUAL = 0.2, 0.28, 3.0
 
-
-@dataclass
-class Batch:
-    """Six completions of three groups, lengths 1 to 7, and ratios on every side of every bound."""
-
-    log_probs: Tensor
-    old: Tensor
-    advantages: Tensor
-    mask: Tensor
-    groups: list[int]
-    kept: list[bool]
-
-    @classmethod
-    def random(cls, seed: int, dtype: torch.dtype = torch.float64) -> Batch:
-        generator = torch.Generator().manual_seed(seed)
-        rows, tokens = 6, 7
-        log_probs = -3 * torch.rand(rows, tokens, generator=generator, dtype=torch.float64)
-        shift = 1.5 * torch.randn(rows, tokens, generator=generator, dtype=torch.float64)
-        lengths = torch.tensor([7, 1, 4, 5, 2, 6])
-        return cls(
-            log_probs=log_probs.to(dtype, copy=True).requires_grad_(),
-            old=(log_probs - shift).to(dtype),
-            advantages=torch.randn(rows, generator=generator, dtype=torch.float64).to(dtype),
-            mask=torch.arange(tokens) < lengths[:, None],
-            groups=[0, 0, 1, 1, 2, 2],
-            kept=[True, True, True, True, False, False],
-        )
-
-    def loss(self, kind: str, high: float, low: float | None, aggregation: str, mix: float) -> Tensor:
-        ratio = losses.importance_ratio((self.log_probs - self.old).detach(), self.mask)
-        weights = losses.importance_weights(ratio, high, low)
-        advantages = self.advantages[:, None]
-        unmasked = losses.token_mask(
-            ratio,
-            advantages,
-            kind,
-            epsilon_low=LOW,
-            epsilon_high=HIGH,
-            dual_clip_ratio=DUAL if kind == "dual" else None,
-        )
-        terms = losses.token_losses(self.log_probs, weights * unmasked, advantages)
-        counts = losses.completion_weights(
-            self.mask.sum(-1), torch.tensor(self.groups), torch.tensor(self.kept), aggregation, mix
-        )
-        return losses.aggregate(terms, self.mask, counts)
-
-
-def report_loss(batch: Batch, kind: str, high: float, low: float | None, aggregation: str, mix: float) -> float:
-    """Eq. 4 to 7 as a sum over tokens; also fills ``log_probs.grad`` by hand: d(-w A log π) = -w A."""
-    terms: dict[int, list[float]] = {}
-    slopes: dict[int, list[float]] = {}
-    for i, kept in enumerate(batch.kept):
-        if not kept:
-            continue
-        terms[i], slopes[i] = [], []
-        for t in range(int(batch.mask[i].sum())):
-            new, advantage = batch.log_probs[i, t].item(), batch.advantages[i].item()
-            r = math.exp(new - batch.old[i, t].item())
-            weight = min(r, 1 + high)
-            if low is not None:
-                weight = max(weight, 1 - low)
-            masked = (advantage > 0 and r > 1 + HIGH) or (advantage < 0 and r < 1 - LOW)
-            if kind == "dual":
-                masked = masked or (advantage < 0 and r > DUAL)
-            if kind != "none" and masked:
-                weight = 0.0
-            terms[i].append(-weight * advantage * new)
-            slopes[i].append(-weight * advantage)
-
-    def share(i: int, how: str) -> float:
-        if how == "token":
-            return 1 / sum(len(tokens) for tokens in terms.values())
-        if how == "sample":
-            return 1 / len(terms[i]) / len(terms)
-        mates = [j for j in terms if batch.groups[j] == batch.groups[i]]
-        return 1 / sum(len(terms[j]) for j in mates) / len({batch.groups[j] for j in terms})
-
-    shares = {i: (1 - mix) * share(i, aggregation) + mix * share(i, "sample") for i in terms}
-    batch.log_probs.grad = torch.zeros_like(batch.log_probs)
-    for i, values in slopes.items():
-        batch.log_probs.grad[i, : len(values)] = torch.tensor(values, dtype=torch.float64) * shares[i]
-    return sum(shares[i] * sum(values) for i, values in terms.items())
+def loss_of(batch: Batch, kind: str, high: float, low: float | None, aggregation: str, mix: float) -> Tensor:
+    ratio = losses.importance_ratio((batch.log_probs - batch.old).detach(), batch.mask)
+    weights = losses.importance_weights(ratio, high, low)
+    advantages = batch.advantages[:, None]
+    unmasked = losses.token_mask(
+        ratio,
+        advantages,
+        kind,
+        epsilon_low=LOW,
+        epsilon_high=HIGH,
+        dual_clip_ratio=DUAL if kind == "dual" else None,
+    )
+    terms = losses.token_losses(batch.log_probs, weights * unmasked, advantages)
+    counts = losses.completion_weights(
+        batch.mask.sum(-1), torch.tensor(batch.groups), torch.tensor(batch.kept), aggregation, mix
+    )
+    return losses.aggregate(terms, batch.mask, counts)
 
 
 BOUNDS = [(4.0, None), (0.28, None), (0.5, 0.3), (math.inf, None)]
@@ -112,7 +46,7 @@ def test_loss_and_gradient_are_the_reports(
         batch = Batch.random(seed, dtype)
         expected = report_loss(batch, kind, high, low, aggregation, mix)
         expected_gradient, batch.log_probs.grad = batch.log_probs.grad, None
-        loss = batch.loss(kind, high, low, aggregation, mix)
+        loss = loss_of(batch, kind, high, low, aggregation, mix)
         loss.backward()
         assert abs(loss.item() - expected) <= bound * max(1.0, abs(expected))
         torch.testing.assert_close(batch.log_probs.grad, expected_gradient, rtol=bound, atol=bound)
@@ -131,7 +65,7 @@ def test_masked_and_uncapped_is_ppo(kind: str, ratio_cap: float) -> None:
         kept = batch.mask & torch.tensor(batch.kept)[:, None]
         (-(objective * kept).sum() / kept.sum()).backward()
         expected, batch.log_probs.grad = batch.log_probs.grad, None
-        batch.loss(kind, math.inf, None, "token", 0.0).backward()
+        loss_of(batch, kind, math.inf, None, "token", 0.0).backward()
         assert batch.log_probs.grad is not None and expected is not None
         assert (expected == 0).sum() > (~kept).sum(), "no token was clipped"
         assert float((batch.log_probs.grad - expected).abs().max()) <= 1e-12
@@ -157,7 +91,7 @@ def test_what_lies_outside_the_mask_is_not_read() -> None:
     batch = Batch.random(0)
     with torch.no_grad():
         batch.log_probs[~batch.mask] = math.nan
-    loss = batch.loss("ppo", 4.0, None, "token", 0.0)
+    loss = loss_of(batch, "ppo", 4.0, None, "token", 0.0)
     loss.backward()
     assert math.isfinite(loss.item()) and batch.log_probs.grad is not None
     assert torch.isfinite(batch.log_probs.grad).all()
