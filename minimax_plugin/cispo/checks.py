@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from datasets import IterableDataset
 from torch import nn
 from transformers import AutoConfig
 from trl.trainer.utils import get_callable_name, is_async_callable
@@ -114,10 +115,10 @@ def _checked_rewards(rewards: Any, name: str, count: int) -> list[float | None]:
 
 
 def _check_dataset(args: CISPOConfig, reward_funcs: Sequence[Any], dataset: Any, *, free: bool) -> None:
-    if (args.zero_variance == "refill" or args.retire_solved_at is not None) and not hasattr(dataset, "__getitem__"):
+    if (args.zero_variance == "refill" or args.retire_solved_at is not None) and isinstance(dataset, IterableDataset):
         raise ValueError(
             f"zero_variance={args.zero_variance!r} and retire_solved_at={args.retire_solved_at} draw prompts by index, "
-            f"which a {type(dataset).__name__} does not allow; use a datasets.Dataset, or zero_variance='drop' and "
+            f"which an {type(dataset).__name__} does not allow; use a datasets.Dataset, or zero_variance='drop' and "
             "retire_solved_at=None"
         )
     columns = getattr(dataset, "column_names", None)

@@ -32,6 +32,7 @@ class Selection(Generation):
     rollout_statistics: dict[str, float]
     reward_funcs: list[Any]
     _next_plot: int
+    _is_refilling: bool = False
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -125,7 +126,11 @@ class Selection(Generation):
             repeated = [dict(row) for row in rows for _ in range(group_size)]
             share = len(repeated) // processes
             first = self.accelerator.process_index * share
-            fresh = self._score_rollout(repeated[first : first + share])
+            self._is_refilling = True
+            try:
+                fresh = self._score_rollout(repeated[first : first + share])
+            finally:
+                self._is_refilling = False
             usable = self.accelerator.gather(fresh["kept"])[::group_size].tolist()
             taken = sampling.groups_that_fit(usable, free, group_size)
             chosen = torch.tensor(taken, device=fresh["group"].device)[fresh["group"]]
@@ -192,5 +197,5 @@ class Selection(Generation):
     ) -> None:
         for name, value in values.items():
             self._metrics[mode][f"{prefix}/{name}"].append(value)
-        if mode == "train":
+        if mode == "train" and not self._is_refilling:  # refills are of the prompts that are left, not of all
             self.rollout_statistics |= values if statistics is None else statistics
