@@ -128,7 +128,7 @@ ORIGINAL = '''
         ("Says something.", "Says\n    something else.\n    ", True),
         ("  # and why", "", True),
         ("        return", "        # a reason\n\n        return", True),
-        ("        return", "      return", False),
+        ("        return", "        if a:\n            return", False),
         ("a * a", "a * (a)", False),
         ("a: int", "a: float", False),
         ("a * a", "a * '#'", False),
