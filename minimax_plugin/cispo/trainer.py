@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class CISPOTrainer(Stages, Selection, Scoring):
     def __init__(
         self,
         model: Any,
-        reward_funcs: Callable[..., list[float | None]] | list[Any] | None = None,
+        reward_funcs: Callable[..., Any] | list[Any] | None = None,
         args: CISPOConfig | None = None,
         train_dataset: Any = None,
         **kwargs: Any,
@@ -76,9 +76,8 @@ class CISPOTrainer(Stages, Selection, Scoring):
         if args.mismatch_plot_steps:
             metrics.require_matplotlib()
         self.repetition_rule = RepetitionRule.from_config(args)
-        with exact_generation(
-            args.vllm_llm_kwargs, self.repetition_rule, return_routes=args.router_replay == "rollout"
-        ):
+        engine_arguments = cast("dict[str, Any] | None", args.vllm_llm_kwargs)  # text has become a dict by now
+        with exact_generation(engine_arguments, self.repetition_rule, return_routes=args.router_replay == "rollout"):
             super().__init__(model=model, reward_funcs=reward_funcs, args=args, train_dataset=train_dataset, **kwargs)
         self.rollout_statistics: dict[str, float] = {}
         self.prompt_pool = sampling.PromptPool(self.train_dataset, args.seed)

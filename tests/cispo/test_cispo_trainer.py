@@ -84,6 +84,7 @@ def test_steps_add_up_to_the_reports_objective(
     gradient, batch.log_probs.grad = batch.log_probs.grad, None
     expected = report_loss(batch, kind, 0.5, 0.4, aggregation, mix)
     assert total == pytest.approx(expected, abs=1e-6)
+    assert gradient is not None and batch.log_probs.grad is not None
     assert float((gradient - batch.log_probs.grad).abs().max()) <= 1e-6
     assert set(scores.rows) >= {row for row in range(24) if batch.kept[row]}
 

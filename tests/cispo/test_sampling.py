@@ -214,7 +214,12 @@ def test_dropping_gives_the_gradient_of_the_rest(mode: str, model: str, make_tra
     )
     rollouts = []
     score = trainer._generate_and_score_completions
-    trainer._generate_and_score_completions = lambda rows: rollouts.append(score(rows)) or rollouts[-1]
+
+    def recorded(rows: Any) -> Any:
+        rollouts.append(score(rows))
+        return rollouts[-1]
+
+    trainer._generate_and_score_completions = recorded
     before = parameters_of(trainer)
     trainer.train()
     after = parameters_of(trainer)
@@ -303,7 +308,12 @@ def test_refilling_replaces_groups_without_variance(accumulation: int, make_trai
     texts = {trainer.train_dataset[i]["prompt"]: i for i in range(16)}
     batches = []
     compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute(model, inputs)
+
+    def recorded(model: Any, inputs: dict[str, Any]) -> Tensor:
+        batches.append(inputs)
+        return compute(model, inputs)
+
+    trainer._compute_loss = recorded
     trainer.train()
     assert any(number < 8 for number in seen), "nothing had to be replaced"
     for batch in batches:

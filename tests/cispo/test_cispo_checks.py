@@ -132,17 +132,16 @@ def test_a_load_balancing_loss_of_the_config_is_announced(
 )
 @pytest.mark.parametrize("is_async", [False, True], ids=["", "async"])
 def test_rewards_that_are_none(result: Any, message: str, is_async: bool, make_trainer: MakeTrainer) -> None:
-    if is_async:
 
-        async def reward(**kwargs: Any) -> Any:
-            return result
-    else:
+    def reward(**kwargs: Any) -> Any:
+        return result
 
-        def reward(**kwargs: Any) -> Any:
-            return result
+    async def later(**kwargs: Any) -> Any:
+        return result
 
+    later.__name__ = "reward"
     with pytest.raises(ValueError, match=message):
-        make_trainer("qwen3", reward=reward).train()
+        make_trainer("qwen3", reward=later if is_async else reward).train()
 
 
 class NanModel(nn.Module):
@@ -173,7 +172,12 @@ def test_none_means_not_applicable(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("qwen3", reward=[first, second], max_steps=1)
     batches: list[dict[str, Any]] = []
     compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: batches.append(inputs) or compute(model, inputs)
+
+    def recorded(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        batches.append(inputs)
+        return compute(model, inputs)
+
+    trainer._compute_loss = recorded
     trainer.train()
     (batch,) = batches
     high, low = 1 / 3 / (math.sqrt(1 / 3) + 1e-4), -2 / 3 / (math.sqrt(1 / 3) + 1e-4)
