@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -41,7 +41,9 @@ class Stages(ExactResume):
                 tolerance=args.length_stage_tolerance,
             )
         if args.reward_weight_schedule is not None:
-            self.reward_curriculum = RewardCurriculum(args.reward_weight_schedule, len(self.reward_funcs))
+            # A string, as the command line gives it, has become a dictionary in TrainingArguments.
+            steps = cast(Mapping[int | str, Sequence[float]], args.reward_weight_schedule)
+            self.reward_curriculum = RewardCurriculum(steps, len(self.reward_funcs))
         self.length_bias = LengthBiasMonitor(args.length_bias_threshold)
         self._apply_schedules()
 

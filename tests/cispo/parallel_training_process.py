@@ -48,7 +48,7 @@ class FixedCompletions(CISPOTrainer):
         return completions, None
 
 
-def even_share(completion_ids: list[list[int]], **_: Any) -> list[float]:
+def even_share(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
     return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_verify_reads_any_strides_and_a_null_slot_of_zero() -> None:
     out, sumsq = outputs(5, 32, torch.float32, True)
     out_strided = torch.empty(len(SLOPES), 5, 32, device=DEVICE).transpose(0, 1)
     sumsq_strided = torch.empty(len(SLOPES), 5, device=DEVICE).t()
-    options = {"activation": "silu", "null_slot": 0}
+    options: dict[str, Any] = {"activation": "silu", "null_slot": 0}
     recurrent.verify(qkv, slopes(), states, reads, writes, slot_tensor(*bounds), out, sumsq, **options)
     column = torch.stack([reads, slot_tensor(7, 8)], dim=1)[:, 0]
     columns = torch.stack([writes, torch.full_like(writes, 9)], dim=2).flatten(1)[:, ::2]
