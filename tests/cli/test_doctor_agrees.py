@@ -215,3 +215,21 @@ def test_a_folder_without_shards_has_one_line(
     result = json.loads(capsys.readouterr().out)
     assert len(result["checkpoint"]["faults"]) == result["checkpoint"]["num_faults"] == 5
     assert len(result["findings"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("case", "line"),
+    [
+        ("token of a wrong type", "tokenizer files: transformers cannot load it ("),
+        ("tokens to generate", "generation_config.json: transformers cannot load it (ValueError: "),
+    ],
+)
+def test_what_only_transformers_sees_is_said(
+    case: str, line: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("minimax_plugin.cli.doctor.check_environment", lambda **_: [])
+    UNSOUND[case](model_dir)
+    assert check_checkpoint(model_dir).complete
+    assert main(["doctor", str(model_dir)]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(f"fault   checkpoint   {line}") and said[1:] == ["1 fault(s)"]

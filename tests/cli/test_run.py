@@ -121,3 +121,19 @@ def test_a_program_that_never_heard_of_the_plugin_loads_the_model(site: Path, tm
     )
     done = run(site, str(tmp_path / "program.py"), str(tmp_path / "model"))
     assert done.stdout == "minimax_plugin.hf_modeling.modeling_minimax_m1\n", done.stderr
+
+
+@pytest.mark.slow
+def test_trl_trains_the_model(site: Path, tmp_path: Path) -> None:
+    """Its command starts another process, which trains."""
+    pytest.importorskip("trl")
+    options = TinyOptions(num_hidden_layers=2, hidden_size=32, intermediate_size=32, head_dim=16, rotary_dim=8)
+    write_tiny_checkpoint(tmp_path / "model", options)
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": "a", "completion": "b c"}, {"prompt": "d", "completion": "e f"}]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
+    arguments += ["--max_steps", "1", "--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    done = run(site, "trl", "sft", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["MiniMaxM1ForCausalLM"]
