@@ -327,3 +327,13 @@ def test_model_runner_v2(tiny_checkpoint: Path, vllm_cache: Path, tmp_path: Path
         assert after.tokens == (before.tokens if end is None else [*before.tokens[:end], stop])
         cut += end is not None
     assert 3 <= cut <= 12, "loops and sequences without one are needed"
+
+
+def test_values_sent_over_http_arrive() -> None:
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    asked = {"repetition_stop_tokens": 3000, "repetition_stop_prob": 0.99}
+    request = CompletionRequest.model_validate({"model": "m", "prompt": "1, 2, ", "vllm_xargs": asked})
+    arrived = request.to_sampling_params(max_tokens=40_000, default_sampling_params={})
+    assert arrived.extra_args == asked
+    RepetitionStop.validate_params(arrived)
