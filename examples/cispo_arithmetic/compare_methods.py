@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from minimax_plugin.cli.train import machine, versions
 
 METHODS = ("cispo", "reinforce", "grpo", "dapo")
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -166,16 +167,6 @@ def plot(results: Sequence[dict[str, Any]], path: str) -> None:
     figure.savefig(path)
 
 
-def machine() -> dict[str, Any]:
-    """What the runs ran on."""
-    from importlib import metadata
-
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
-    return {"processor": processor, "cpus": os.cpu_count(), "python": platform.python_version()} | versions
-
-
 def _cell(steps: Iterable[int | None]) -> str:
     steps = list(steps)
     reached = sorted(step for step in steps if step is not None)
@@ -213,7 +204,8 @@ def main() -> None:
     ]
     with args.out.open("a", encoding="utf-8") as file:
         if not results:
-            file.write(json.dumps({"machine": machine(), "jobs": args.jobs, "stop_at": args.stop_at}) + "\n")
+            facts = {"machine": machine(), "versions": versions(), "jobs": args.jobs, "stop_at": args.stop_at}
+            file.write(json.dumps(facts) + "\n")
         with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=None) as pool:
             futures = [pool.submit(run, args.model, *case, args.updates, args.stop_at) for case in todo]
             for number, future in enumerate(as_completed(futures), 1):

@@ -185,6 +185,32 @@ def load_data(tasks: TaskArguments) -> tuple[Any, Any, list[Callable[..., Any]]]
     return data, held_out, rewards
 
 
+def machine() -> dict[str, Any]:
+    """Processor, its number and the platform, for beside a measurement."""
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    return {"platform": platform.platform(), "processor": processor, "cpus": os.cpu_count()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what takes part in training; None for what is not installed."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    vllm = metadata.packages_distributions().get("vllm", [])
+    for name in ("minimax-plugin", "torch", "transformers", "trl", *dict.fromkeys(vllm)):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
 def _reward(name: str) -> Callable[..., Any]:
     from minimax_plugin.cispo import tasks
 
@@ -222,44 +248,18 @@ def _load_dataset(name: str) -> Any:
 
 
 def _summary(trainer: Any, tasks: TaskArguments, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    import platform
-    from importlib import metadata
-
-    packages = ["minimax-plugin", "torch", "transformers", "trl", *metadata.packages_distributions().get("vllm", [])]
     history = trainer.state.log_history
+    accelerator = trainer.accelerator
     return {
         "updates": trainer.state.global_step,
         "held_out_before": before,
         "held_out_after": after,
         "train_runtime_seconds": next((row["train_runtime"] for row in history if "train_runtime" in row), None),
         "tasks": vars(tasks),
-        "machine": {
-            "platform": platform.platform(),
-            "processor": _processor(),
-            "cpus": os.cpu_count(),
-            "device": str(trainer.accelerator.device),
-            "processes": trainer.accelerator.num_processes,
-        },
-        "versions": {name: _version(name) for name in packages},
+        "machine": machine() | {"device": str(accelerator.device), "processes": accelerator.num_processes},
+        "versions": versions(),
         "log_history": history,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _version(name: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _wrong_usage(found: str, expected: str) -> int:
