@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import gradient_laws
 import pytest
@@ -134,7 +135,8 @@ def law_no_activation_on_request(setting: Setting) -> None:
         return torch.tensor(values, dtype=torch.int32, device=setting.device)
 
     flag = torch.ones(1, dtype=torch.bool, device=setting.device)
-    ops.lightning_prefill(parts[0], slopes, found, ints(0), flag, setting.plan(steps), out=outs[0], activation=None)
+    options: dict[str, Any] = {"activation": None, "precision": setting.precision}
+    ops.lightning_prefill(parts[0], slopes, found, ints(0), flag, setting.plan(steps), out=outs[0], **options)
     for t in range(steps):
         row = slice(t, t + 1)
         ops.lightning_decode(parts[1][row], slopes, found, ints(1), out=outs[1][row], activation=None)
