@@ -11,13 +11,13 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 #: Panels: title, unit of the vertical axis, and the logged names with their labels. Names end a logged key.
-_PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Reward", "mean reward", {"reward": "training rollouts", "eval_reward": "held out"}),
     ("Completion length", "tokens", {"completions/mean_length": "mean", "completions/max_length": "longest"}),
     (
-        "Clamped importance weights",
+        "Importance weights",
         "share of tokens",
-        {"cispo/is_clamped_frac": "clamped", "cispo/masked_frac": "masked"},
+        {"cispo/clamped_pos": "clamped, A > 0", "cispo/clamped_neg": "clamped, A < 0", "cispo/masked": "masked"},
     ),
     ("Entropy", "nats per token", {"entropy": "entropy"}),
     ("Gradient norm before clipping", "norm", {"grad_norm": "gradient"}),
@@ -43,7 +43,7 @@ def plot_curves(log_history: Sequence[Mapping[str, Any]], path: str | Path) -> b
         logger.warning("no curves are drawn: matplotlib is not installed (pip install 'minimax-plugin[bench]')")
         return False
     figure = Figure(figsize=(16, 9), dpi=150, layout="constrained")
-    for axes, (title, unit, names) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+    for axes, (title, unit, names) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for colour, (name, label) in zip(_COLOURS, names.items(), strict=False):
             points = [(row["step"], row[name]) for row in log_history if name in row and "step" in row]
             if points:

@@ -146,7 +146,7 @@ def train(tasks: TaskArguments, config: Any, model: Any) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         output = Path(config.output_dir)
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        plot_curves(trainer.state.log_history, output / "curves.png")
+        plot_curves(summary["log_history"], output / "curves.png")
         logger.info("wrote the model, summary.json and curves.png to %s", output)
         if "eval_reward" in before:
             print(f"held-out reward: {before['eval_reward']:.3f} before, {after['eval_reward']:.3f} after")
@@ -248,7 +248,8 @@ def _load_dataset(name: str) -> Any:
 
 
 def _summary(trainer: Any, tasks: TaskArguments, before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    history = trainer.state.log_history
+    # Training starts a history of its own, so the first evaluation is not in it.
+    history = [{"step": 0} | before, *trainer.state.log_history]
     accelerator = trainer.accelerator
     return {
         "updates": trainer.state.global_step,

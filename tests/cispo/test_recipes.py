@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from minimax_plugin.cispo.plots import PANELS
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples" / "cispo_recipes").glob("*.yaml"))
 ALL = [*RECIPES, ROOT / "examples" / "cispo_arithmetic" / "config.yaml"]
@@ -70,9 +72,23 @@ def test_the_small_recipe_runs(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "tiny-cispo" / "summary.json").read_text(encoding="utf-8"))
     assert summary["updates"] == 4 and summary["machine"]["cpus"] == os.cpu_count()
     assert {"torch", "transformers", "trl"} <= {name for name, version in summary["versions"].items() if version}
+    assert [row["step"] for row in summary["log_history"] if "eval_reward" in row] == [0, 4]
     assert {"config.json", "model.safetensors", "tokenizer.json", "curves.png"} <= {
         path.name for path in (tmp_path / "tiny-cispo").iterdir()
     }
+
+
+def test_every_curve_is_of_something_that_is_logged(make_trainer: Any, prompts: Any) -> None:
+    trainer = make_trainer(
+        max_steps=1,
+        init={"eval_dataset": prompts.select(range(2))},
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+    )
+    trainer.train()
+    trainer.evaluate()
+    logged = {name for row in trainer.state.log_history for name in row}
+    assert {name for _, _, names in PANELS for name in names} <= logged
 
 
 @pytest.mark.parametrize(
