@@ -343,13 +343,7 @@ class CISPOConfig(GRPOConfig):
 
     def _check_schedules(self) -> None:
         LengthBiasMonitor(self.length_bias_threshold)
-        if self.length_stages is not None:
-            LengthSchedule(
-                self.length_stages,
-                p99_share=self.length_stage_p99_share,
-                patience=self.length_stage_patience,
-                tolerance=self.length_stage_tolerance,
-            )
+        LengthSchedule.from_config(self)
         for name in ("late_stage_epsilon_is_high", "late_stage_max_grad_norm"):
             value = getattr(self, name)
             if value is not None and self.length_stages is None:

@@ -52,6 +52,18 @@ class LengthSchedule:
         self._tolerance = tolerance
         self._perplexities: list[float] = []
 
+    @classmethod
+    def from_config(cls, config: Any) -> LengthSchedule | None:
+        """The schedule that a ``CISPOConfig`` asks for, or None. Raises as the class does."""
+        if config.length_stages is None:
+            return None
+        return cls(
+            config.length_stages,
+            p99_share=config.length_stage_p99_share,
+            patience=config.length_stage_patience,
+            tolerance=config.length_stage_tolerance,
+        )
+
     @property
     def window(self) -> int:
         """Tokens that a completion may have."""

@@ -32,14 +32,8 @@ class Stages(ExactResume):
             ValueError: an argument of theirs that cannot be meant.
         """
         args = self.args
-        self.length_schedule = self.reward_curriculum = None
-        if args.length_stages is not None:
-            self.length_schedule = LengthSchedule(
-                args.length_stages,
-                p99_share=args.length_stage_p99_share,
-                patience=args.length_stage_patience,
-                tolerance=args.length_stage_tolerance,
-            )
+        self.length_schedule = LengthSchedule.from_config(args)
+        self.reward_curriculum = None
         if args.reward_weight_schedule is not None:
             # A string, as the command line gives it, has become a dictionary in TrainingArguments.
             steps = cast(Mapping[int | str, Sequence[float]], args.reward_weight_schedule)
